@@ -1,0 +1,172 @@
+"""`recur` against the plain loop: values, gradients, masks, non-finite numbers, threads, forks, read-only installs."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.recurrence import hold, recur, recur_loop
+
+ROOT = Path(__file__).parents[2]
+
+
+def case(steps: int, batch: int, units: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(steps, batch, units, generator=g, dtype=dtype)
+    u = torch.rand(units, generator=g, dtype=dtype) * 2.4 - 1.2  # negative and beyond one as well
+    h = torch.rand(batch, units, generator=g, dtype=dtype)
+    lengths = torch.randint(0, steps + 1, (batch,), generator=g)
+    return z, u, h, torch.arange(steps)[:, None] < lengths
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps=st.integers(0, 40), batch=st.integers(0, 9), units=st.integers(0, 70), seed=st.integers(0, 2**31))
+def test_kernel_equals_loop_on_ragged_batches(steps: int, batch: int, units: int, seed: int) -> None:
+    inputs = case(steps, batch, units, seed=seed)
+    # A compiler may contract z + u * h into one rounding; so float32 agreement is to the last place, not to the bit.
+    torch.testing.assert_close(recur(*inputs), recur_loop(*inputs), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (50, 4, 33), (300, 8, 64), (200, 1, 512)])
+def test_gradients_equal_those_of_the_loop(shape: tuple[int, int, int]) -> None:
+    z, u, h, mask = case(*shape, dtype=torch.float64)
+    leaves = [x.clamp(-1, 1).requires_grad_() for x in (z, u, h)]
+    gy = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad(recur(*leaves, mask), leaves, gy)
+    theirs = torch.autograd.grad(recur_loop(*leaves, mask), leaves, gy)
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
+def test_gradcheck_in_float64() -> None:
+    z, u, h, mask = case(7, 3, 5, torch.float64, seed=4)
+    assert torch.autograd.gradcheck(lambda z, u, h: recur(z, u, h, mask), [x.requires_grad_() for x in (z, u, h)])
+
+
+def test_registered_operator_obeys_the_rules_of_torch() -> None:
+    z, u, h, mask = case(5, 2, 3)
+    torch.library.opcheck(torch.ops.indrnn.recur.default, (z.requires_grad_(), u.requires_grad_(), h.requires_grad_(), mask))
+
+
+def test_two_chunks_equal_one_clip() -> None:
+    z, u, h, mask = case(40, 3, 20)
+    whole = recur(z, u, h, mask)
+    first = recur(z[:13], u, h, mask[:13])
+    assert torch.equal(torch.cat([first, recur(z[13:], u, first[-1], mask[13:])]), whole)
+
+
+def test_rows_alone_equal_rows_in_a_ragged_batch() -> None:
+    z, u, h, mask = case(30, 6, 17)
+    together = recur(z, u, h, mask)
+    for b in range(6):
+        assert torch.equal(recur(z[:, b : b + 1], u, h[b : b + 1], mask[:, b : b + 1])[:, 0], together[:, b])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_values_travel_as_in_torch(poison: float) -> None:
+    z, u, h, mask = case(12, 2, 40)
+    mask[:] = True
+    z[3, 0, 5] = poison
+    u[5], u[6] = 0.0, 0.7
+    leaves = [x.requires_grad_() for x in (z, u, h)]
+    ours, theirs = recur(*leaves, mask), recur_loop(*leaves, mask)
+    torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-6)
+    for mine, reference in zip(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(theirs.sum(), leaves), strict=True):
+        torch.testing.assert_close(mine, reference, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    z, u, h, mask = case(9, 4, 12)
+    turned = z.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(recur(turned, u, h, mask), recur(z, u, h, mask))
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    z, u, h, mask = case(3, 2, 4)
+    with pytest.raises(ValueError, match=r"u \(5,\)"):
+        recur(z, torch.rand(5), h, mask)
+    with pytest.raises(ValueError, match="one dtype"):
+        recur(z, u.double(), h, mask)
+
+
+def test_called_from_several_threads_at_once() -> None:
+    cases = [case(200, 8, 64, seed=seed) for seed in range(4)]
+    expected = [recur(*inputs) for inputs in cases]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(recur(*cases[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_thread_count_follows_torch_and_does_not_change_the_numbers() -> None:
+    inputs, before = case(100, 5, 200), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            results.append(recur(*inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+FORKED = """
+import os, sys, torch
+from model.recurrence import recur
+torch.set_num_threads(2)
+args = torch.randn(300, 8, 64), torch.rand(64), torch.zeros(8, 64), torch.ones(300, 8, dtype=torch.bool)
+expected = recur(*args)          # the parent's thread pool exists now
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(2)
+    os._exit(0 if torch.equal(recur(*args), expected) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_works_in_a_forked_worker() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120, cwd=ROOT)
+
+
+READ_ONLY = """
+import os, sys, torch, model.kernels.cpu as cpu
+from model.recurrence import recur
+assert type(cpu._forward._cache).__name__ == "NullCache"  # else this test tests nothing
+assert torch.isfinite(recur(torch.randn(5, 2, 8), torch.rand(8), torch.zeros(2, 8), torch.ones(5, 2, dtype=torch.bool))).all()
+"""
+
+
+def test_works_from_an_install_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """numba has nowhere to keep its cache: neither beside the module nor below HOME."""
+    (tmp_path / "model").symlink_to(ROOT / "model")
+    env = os.environ | {"HOME": "/dev/null/none", "XDG_CACHE_HOME": "/dev/null/none", "NUMBA_CACHE_LOCATOR_CLASSES": "UserWideCacheLocator"}
+    subprocess.run([sys.executable, "-B", "-c", READ_ONLY], check=True, timeout=120, cwd=tmp_path, env=env)
+
+
+@settings(deadline=None, max_examples=30)
+@given(steps=st.integers(0, 20), seed=st.integers(0, 1000))
+def test_hold_repeats_the_last_valid_value(steps: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, valid, h = torch.randn(steps, 2, 3, generator=g), torch.rand(steps, 2, 3, generator=g) < 0.5, torch.randn(2, 3, generator=g)
+    x[~valid] = float("nan")
+    expected, last = [], h
+    for t in range(steps):
+        last = torch.where(valid[t], x[t], last)
+        expected.append(last)
+    assert torch.equal(hold(x, valid, h), torch.stack(expected) if expected else x)
