@@ -167,12 +167,15 @@ class Manifest:
             value = json.loads(text)
         except ValueError as error:
             raise ManifestError(f"manifest: not JSON: {error}") from None
-        manifest: Manifest = _decode(value, cls, "manifest")
+        manifest: Manifest = decode(value, cls, "manifest")
         return manifest
 
 
-def _decode(value: Any, kind: Any, where: str) -> Any:
-    """Turns parsed JSON into `kind` (a dataclass, tuple, list, dict, Literal, union or scalar), strictly."""
+def decode(value: Any, kind: Any, where: str) -> Any:
+    """Turns parsed JSON or TOML into `kind` (a dataclass, tuple, list, dict, Literal, union or scalar), strictly.
+
+    Raises `ManifestError` naming the field, below `where`, that is missing, unknown or of another type.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -181,7 +184,7 @@ def _decode(value: Any, kind: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _decode(value, next(a for a in args if a is not type(None)), where)
+        return decode(value, next(a for a in args if a is not type(None)), where)
     if origin is Literal:
         if value not in args:
             raise ManifestError(f"{where}: {value!r} is none of {', '.join(map(repr, args))}")
@@ -189,11 +192,11 @@ def _decode(value: Any, kind: Any, where: str) -> Any:
     if origin in (tuple, list):
         if not isinstance(value, list):
             raise ManifestError(f"{where}: expected a list, got {type(value).__name__}")
-        return origin(_decode(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+        return origin(decode(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
-        return {str(key): _decode(item, args[1], f"{where}.{key}") for key, item in value.items()}
+        return {str(key): decode(item, args[1], f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
@@ -207,8 +210,8 @@ def _decode_record(value: Any, kind: Any, where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(set(value) - set(fields)):
         raise ManifestError(f"{where}: unknown field {unknown[0]!r}")
-    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING}
     if absent := sorted(required - set(value)):
         raise ManifestError(f"{where}: field {absent[0]!r} is missing")
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _decode(item, hints[name], f"{where}.{name}") for name, item in value.items()})
+    return kind(**{name: decode(item, hints[name], f"{where}.{name}") for name, item in value.items()})

@@ -58,7 +58,8 @@ def _exporting() -> bool:
 
 
 def _symbol(name: str, inputs: tuple[Tensor, ...], like: Tensor) -> Tensor:
-    return torch.onnx.ops.symbolic(f"{ONNX_DOMAIN}::{name}", inputs, dtype=like.dtype, shape=like.shape, version=1)
+    symbol: Tensor = torch.onnx.ops.symbolic(f"{ONNX_DOMAIN}::{name}", inputs, dtype=like.dtype, shape=like.shape, version=1)
+    return symbol
 
 
 def _check(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> None:

@@ -35,7 +35,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
         compiled = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # a read-only install with no writable cache folder: compile once per process
         compiled = numba.njit(nogil=True, error_model="numpy")(function)
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 @_compiled
@@ -59,9 +59,7 @@ def _forward(z: Array, u: Array, h0: Array, mask: Array, y: Array, rows: slice, 
 
 
 @_compiled
-def _backward(
-    gy: Array, y: Array, u: Array, h0: Array, mask: Array, gz: Array, gu_rows: Array, gh: Array, rows: slice, units: slice
-) -> None:
+def _backward(gy: Array, y: Array, u: Array, h0: Array, mask: Array, gz: Array, gu_rows: Array, gh: Array, rows: slice, units: slice) -> None:
     zero = gy.dtype.type(0)
     first, count = units.start, units.stop - units.start
     decay = u[units].copy()

@@ -1,0 +1,60 @@
+"""The IndRNN layer: a linear map, then the elementwise recurrence (Li et al., CVPR 2018)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.recurrence import recur
+
+Memory = Literal["every", "last"]
+
+
+def recurrent_bound(horizon: int, remainder: float = 0.01) -> float:
+    """Largest |u| under which no more than `remainder` of a state is left after `horizon` steps: remainder^(1/horizon) < 1.
+
+    A model that runs on endless streams needs it: with |u| = 1 a unit integrates for ever.
+    """
+    if horizon < 1:
+        raise ValueError(f"horizon must be at least 1 frame, got {horizon}")
+    return float(remainder ** (1.0 / horizon))
+
+
+class Recurrence(nn.Module):
+    """The recurrence alone, h[t] = relu(z[t] + u * h[t-1]), with its own vector u of `units` weights in [-bound, bound].
+
+    `memory="every"` draws u from Uniform(0, bound), so that units keep memories of all lengths; "last", for a layer of whose
+    outputs only the last is used, draws from Uniform(remainder^(1/horizon), bound), long memories only (paper 2, section III).
+    """
+
+    def __init__(self, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32) -> None:
+        super().__init__()
+        self.units, self.bound = units, bound
+        low = min(recurrent_bound(horizon), bound) if memory == "last" else 0.0
+        self.u = nn.Parameter(torch.empty(units).uniform_(low, bound))
+
+    def forward(self, z: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """z (T, B, units), h (B, units), mask (T, B) -> all states (T, B, units) and the last one (B, units); needs T >= 1."""
+        y = recur(z, self.u, h, mask)
+        return y, y[-1]  # masked steps repeat the state, so the last row is the state of every stream
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Puts u back into [-bound, bound]; called after every optimiser step."""
+        self.u.clamp_(-self.bound, self.bound)
+
+
+class IndRNN(nn.Module):
+    """Linear map and recurrence: (T, B, inputs) -> (T, B, units). Weights: Kaiming; see `Recurrence` for the rest."""
+
+    def __init__(self, inputs: int, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, units)
+        nn.init.kaiming_uniform_(self.linear.weight, nonlinearity="relu")
+        nn.init.zeros_(self.linear.bias)
+        self.recurrence = Recurrence(units, bound, memory, horizon)
+
+    def forward(self, x: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.recurrence(self.linear(x), h, mask)  # type: ignore[no-any-return]

@@ -1,0 +1,60 @@
+"""From clips to padded batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.augment import Augment
+from training.datasets.clips import ClipSet, Frames
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of unequal length, padded with zeros: frames (B, T, *frame shape), lengths (B,), labels (B,)."""
+
+    frames: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+
+def collate(clips: list[Frames], labels: list[int]) -> Batch:
+    """Pads clips to the longest of them."""
+    lengths = [len(clip) for clip in clips]
+    frames = np.zeros((len(clips), max(lengths), *clips[0].shape[1:]), np.float32)
+    for row, clip in zip(frames, clips, strict=True):
+        row[: len(clip)] = clip
+    return Batch(torch.from_numpy(frames), torch.tensor(lengths), torch.tensor(labels))
+
+
+def training_batches(clips: ClipSet, size: int, augment: Augment, max_frames: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """One epoch: every clip once, in random order, changed at random. Equal generators give equal batches.
+
+    Clips of similar length share a batch, as padding costs as much as frames: the order is shuffled, then sorted in runs of eight batches.
+    """
+    order = rng.permutation(len(clips))
+    runs = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
+    lengths = np.array([len(clip) for clip in clips.frames])
+    batches = [run[np.argsort(lengths[run], kind="stable")][i : i + size] for run in runs for i in range(0, len(run), size)]
+    for index in rng.permutation(len(batches)):
+        chosen = batches[index]
+        changed = [_cut(augment(clips.frames[i], rng), max_frames, rng) for i in chosen]
+        yield collate(changed, clips.labels[chosen].tolist())
+
+
+def evaluation_batches(clips: ClipSet, size: int = 64) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Whole clips as they are, longest first, with their indices."""
+    order = np.argsort([-len(clip) for clip in clips.frames], kind="stable")
+    for i in range(0, len(order), size):
+        chosen = order[i : i + size]
+        yield collate([clips.frames[j] for j in chosen], clips.labels[chosen].tolist()), chosen
+
+
+def _cut(clip: Frames, longest: int, rng: np.random.Generator) -> Frames:
+    """A random stretch of consecutive frames: a stream knows no other kind."""
+    start = rng.integers(0, max(0, len(clip) - longest) + 1)
+    return clip[start : start + longest]

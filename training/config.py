@@ -1,0 +1,142 @@
+"""An experiment as a value: one TOML file, every key known, `--set section.key=value` on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from model.contract import ManifestError, decode
+
+
+class ConfigError(ValueError):
+    """A configuration has an unknown key, a value of another type, or values that contradict each other; the message names the key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where clips come from and which of them are for what."""
+
+    reader: str  # a module in training/datasets: "ui_prmd", "finger_points", "nw_ucla", "uea", "clip_folder"
+    path: str = ""  # of the data; usually given with --set data.path=...
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the reader, e.g. layout
+    test: dict[str, list[str]] = field(default_factory=lambda: {"split": ["test"]})  # group -> values; the rest is training data
+    validation: dict[str, list[str]] = field(default_factory=dict)  # held out of the training data, to choose on
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training clips; never part of the exported file. Zero turns a change off."""
+
+    rotate: float = 0.0  # degrees about the vertical axis, to either side
+    tilt: float = 0.0  # degrees about the two horizontal axes
+    scale: float = 0.0  # relative change of body size
+    speed: float = 1.0  # clips are played up to this many times faster or slower
+    noise: float = 0.0  # standard deviation of independent noise, in units of the data
+    drop_joints: float = 0.0  # share of clips in which joints (channels) go missing for a while; needs model.missing
+    mirror: bool = False  # swap left and right in half the clips; only where no class is about a side
+    offset: float = 0.0  # standard deviation of a shift of the whole clip, in units of the data
+    cut_start: float = 0.0  # share of clips that start at a random frame, within their first half
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to fit."""
+
+    epochs: int = 60
+    batch: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.02  # on matrices only, never on u, biases and norms
+    clip_gradient: float = 1.0
+    warm_up: float = 0.1  # share of the steps before the learning rate is at its peak; it falls along a cosine afterwards
+    label_smoothing: float = 0.1
+    early: float = 0.5  # weight of a clip's first step in the loss, rising to 1 at its last: 0 forgives early doubt, 1 does not
+    ema: float = 0.0  # decay of the running mean of the weights that is evaluated and exported; 0: the weights themselves
+    max_frames: int = 64  # longer training clips are cut to a random stretch of consecutive frames
+    threads: int = 0  # of torch; 0: all cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What the manifest says beyond what is measured."""
+
+    chunk: int = 8  # suggested frames per message
+    protocol: str = ""  # how accuracy was measured, in a sentence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment. `name` is the model's name and that of the run folder."""
+
+    name: str
+    seed: int = 0
+    final: bool = False  # train on the validation part as well, for the fixed number of epochs; nothing is chosen any more
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        t, a = self.train, self.augment
+        for holds, message in (
+            (t.epochs >= 1 and t.batch >= 1 and t.max_frames >= 1, "train: epochs, batch and max_frames must be at least 1"),
+            (t.learning_rate > 0, f"train.learning_rate must be positive, got {t.learning_rate}"),
+            (0 <= t.ema < 1, f"train.ema must be in [0, 1), got {t.ema}"),
+            (0 <= t.warm_up < 1, f"train.warm_up must be in [0, 1), got {t.warm_up}"),
+            (0 <= t.early <= 1, f"train.early must be in [0, 1], got {t.early}"),
+            (a.speed >= 1, f"augment.speed must be at least 1, got {a.speed}"),
+            (a.drop_joints == 0 or self.model.missing, "augment.drop_joints makes values missing: set model.missing = true"),
+            (self.final or bool(self.data.validation), "data.validation is empty: name what to hold out and choose on, or set final = true"),
+        ):
+            if not holds:
+                raise ConfigError(message)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def from_dict(value: Any) -> Config:
+    """A configuration from parsed TOML; raises `ConfigError` naming the key that is unknown, absent or of another type."""
+    try:
+        config: Config = decode(value, Config, "config")
+    except ConfigError:
+        raise
+    except (ManifestError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    return config
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Reads a TOML file and applies "section.key=value" overrides; raises `ConfigError` naming file and fault."""
+    try:
+        value = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    for override in overrides or []:
+        _apply(value, override)
+    try:
+        return from_dict(value)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _apply(value: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = text  # a bare word is a string
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        value = value.setdefault(section, {})
+        if not isinstance(value, dict):
+            raise ConfigError(f"--set {override}: {section} is not a section")
+    value[last] = parsed

@@ -1,0 +1,218 @@
+"""A trained network becomes one self-explaining `model.onnx`, proved before it gets its name.
+
+The recurrence of every layer is one `indrnn::Recurrence` node. Its meaning is an ONNX local function whose body is a `Scan`, so
+the file is standard ONNX, any batch and time fit, and the body can be exchanged per device without touching the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import ModelProto, TensorProto, helper
+from torch import Tensor, nn
+
+from model.backbones import Plain
+from model.contract import CONTRACT_VERSION, FRAMES, INPUTS, MANIFEST_KEY, OUTPUTS, STATE, Manifest
+from model.layers import SequenceNorm
+from model.network import Network
+from model.recurrence import HOLD, ONNX_DOMAIN, RECURRENCE
+
+OPSET = 20
+
+
+class Served(nn.Module):
+    """The network as the contract has it: scores instead of logits."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        logits, next_state = self.network(frames, lengths, state)
+        return torch.softmax(logits, -1), next_state
+
+
+def to_onnx(network: Network) -> ModelProto:
+    """The network as an ONNX model without a manifest: inputs and outputs as `model.contract` names them."""
+    network = fold(network).eval()
+    frames = torch.randn(3, 7, *network.frame_shape)
+    example = frames, torch.tensor([7, 5, 2]), torch.zeros(3, network.state_width)
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")  # the exporter warns of its own internals
+        program = torch.onnx.export(
+            Served(network), example, dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
+            dynamic_shapes=({0: batch, 1: time}, {0: batch}, {0: batch}), input_names=list(INPUTS), output_names=list(OUTPUTS),
+        )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    _strip_traces(model)
+    used = {node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN}
+    model.functions.extend(function for function in (_recurrence(), _hold()) if function.name in used)
+    if not any(opset.domain == ONNX_DOMAIN for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(ONNX_DOMAIN, 1))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def fold(network: Network) -> Network:
+    """A copy in which each normalisation whose neighbour is linear on all paths has gone into that neighbour's weights.
+
+    That is the case in plain stacks: a norm before the recurrence follows a Linear, one after it precedes the next Linear or the head.
+    """
+    network = copy.deepcopy(network).eval()
+    if not isinstance(network.backbone, Plain):
+        return network
+    linears = [cell.linear for cell in network.backbone.cells] + [network.head]
+    for i, (before, after) in enumerate(zip(network.backbone.before, network.backbone.after, strict=True)):
+        if isinstance(before, SequenceNorm):
+            _scale_outputs(linears[i], *before.affine())
+            network.backbone.before[i] = nn.Identity()
+        if isinstance(after, SequenceNorm):
+            _scale_inputs(linears[i + 1], *after.affine())
+            network.backbone.after[i] = nn.Identity()
+    return network
+
+
+@torch.no_grad()
+def _scale_outputs(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
+    linear.weight.mul_(scale[:, None])
+    linear.bias.mul_(scale).add_(shift)
+
+
+@torch.no_grad()
+def _scale_inputs(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
+    linear.bias.add_(linear.weight @ shift)
+    linear.weight.mul_(scale[None, :])
+
+
+def fingerprint(model: ModelProto) -> str:
+    """SHA-256 over what decides the numbers: contract version, interface, nodes, functions, weights; names of values and metadata left out.
+
+    Two files with the same fingerprint continue each other's streams.
+    """
+    renamed: dict[str, str] = {}
+
+    def canonical(names: object) -> list[str]:
+        return [renamed.setdefault(name, str(len(renamed))) if name else "" for name in names]  # type: ignore[attr-defined]
+
+    digest = hashlib.sha256(f"contract {CONTRACT_VERSION}".encode())
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
+        digest.update(f"{value.name} {[d.dim_value for d in value.type.tensor_type.shape.dim]}".encode())
+    canonical([value.name for value in graph.input])
+    for weight in graph.initializer:
+        digest.update(f"{canonical([weight.name])} {weight.data_type} {list(weight.dims)}".encode())
+        digest.update(onnx.numpy_helper.to_array(weight).tobytes())
+    for node in graph.node:
+        attributes = sorted((a.name, a.SerializeToString(deterministic=True)) for a in node.attribute)
+        digest.update(f"{node.domain} {node.op_type} {canonical(node.input)} {canonical(node.output)} {attributes}".encode())
+    for function in sorted(model.functions, key=lambda f: f.name):
+        digest.update(function.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def state_width(model: ModelProto) -> int:
+    """Width of the state row that the graph takes."""
+    state = next(value for value in model.graph.input if value.name == STATE)
+    return int(state.type.tensor_type.shape.dim[1].dim_value)
+
+
+def frame_shape(model: ModelProto) -> tuple[int, ...]:
+    frames = next(value for value in model.graph.input if value.name == FRAMES)
+    return tuple(int(d.dim_value) for d in frames.type.tensor_type.shape.dim[2:])
+
+
+def with_manifest(model: ModelProto, manifest: Manifest) -> ModelProto:
+    """A copy that carries the manifest in its metadata."""
+    explained = ModelProto()
+    explained.CopyFrom(model)
+    helper.set_model_props(explained, {MANIFEST_KEY: manifest.to_json()})
+    explained.producer_name, explained.producer_version = "indrnn-service", manifest.made_by.rpartition(" ")[2]
+    return explained
+
+
+def write_atomically(model: ModelProto, path: Path) -> None:
+    """Writes beside `path` first, so that a reader never sees half a file and a failure leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".onnx.part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(model.SerializeToString(deterministic=True))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _recurrence() -> onnx.FunctionProto:
+    """h[t] = mask[t] ? relu(z[t] + u * h[t-1]) : h[t-1]; inputs z (T, B, N), u (N), h (B, N), mask (T, B, 1)."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Mul", ["h", "u"], ["remembered"]),
+            helper.make_node("Add", ["z_t", "remembered"], ["sum"]),
+            helper.make_node("Relu", ["sum"], ["moved"]),
+            helper.make_node("Where", ["mask_t", "moved", "h"], ["h_next"]),
+            helper.make_node("Identity", ["h_next"], ["y_t"]),
+        ],
+        "step",
+        [_float("h", "b", "n"), _float("z_t", "b", "n"), _bool("mask_t", "b", 1)],
+        [_float("h_next", "b", "n"), _float("y_t", "b", "n")],
+    )  # u is taken from the function's own inputs
+    scan = helper.make_node("Scan", ["h0", "z", "mask"], ["h_last", "y"], body=body, num_scan_inputs=2)
+    return helper.make_function(ONNX_DOMAIN, RECURRENCE, ["z", "u", "h0", "mask"], ["y"], [scan], [helper.make_opsetid("", OPSET)])
+
+
+def _hold() -> onnx.FunctionProto:
+    """y[t] = valid[t] ? x[t] : y[t-1]; inputs x (T, B, N), valid (T, B, N), h (B, N)."""
+    body = helper.make_graph(
+        [helper.make_node("Where", ["valid_t", "x_t", "h"], ["h_next"]), helper.make_node("Identity", ["h_next"], ["y_t"])],
+        "step",
+        [_float("h", "b", "n"), _float("x_t", "b", "n"), _bool("valid_t", "b", "n")],
+        [_float("h_next", "b", "n"), _float("y_t", "b", "n")],
+    )
+    scan = helper.make_node("Scan", ["h0", "x", "valid"], ["h_last", "y"], body=body, num_scan_inputs=2)
+    return helper.make_function(ONNX_DOMAIN, HOLD, ["x", "valid", "h0"], ["y"], [scan], [helper.make_opsetid("", OPSET)])
+
+
+def _float(name: str, *shape: str | int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+
+
+def _bool(name: str, *shape: str | int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.BOOL, list(shape))
+
+
+def _strip_traces(model: ModelProto) -> None:
+    """Removes what the exporter notes for debugging: stack traces with the paths of the machine that exported."""
+    model.ClearField("metadata_props")
+    model.graph.ClearField("metadata_props")
+    for element in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        element.ClearField("metadata_props")
+    for node in model.graph.node:
+        node.ClearField("doc_string")
+    for function in model.functions:
+        function.ClearField("metadata_props")
+
+
+class _quiet:
+    """Silences the exporter's loggers while it runs."""
+
+    def __enter__(self) -> None:
+        self.loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)
