@@ -210,8 +210,10 @@ def _read_csv(where: str, path: Path) -> _Array:
     table = _table(where, path)
     if table and any(table[0][1]) and not any(map(_is_number, filter(None, table[0][1]))):
         table = table[1:]  # a header
-    rows = []
-    for line, fields in table:
+    rows: list[list[float]] = []
+    for expected_line, (line, fields) in enumerate(table, start=table[0][0] if table else 1):
+        if line != expected_line:  # skipping it would shift all later frames in time
+            raise DataError(f"{where}:{expected_line}: a blank line, expected a frame on every line")
         if len(fields) != len(table[0][1]):
             raise DataError(f"{where}:{line}: {len(fields)} fields, expected {len(table[0][1])} as on line {table[0][0]}")
         try:
