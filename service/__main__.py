@@ -1,0 +1,63 @@
+"""`python -m service` serves; its subcommands talk to a service that runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.errors import StartupError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=False, help="Serves IndRNN models from ONNX files. Every option is also a variable, INDRNN_PORT and so on."
+)
+
+
+@app.callback(invoke_without_command=True)
+def serve(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (default 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port (default 8000); 0 takes a free one.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Directory of models, <name>/<version>/model.onnx (default ./models where present); shipped models come after it.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cuda or cpu (default auto).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads inside one model run.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most streams in one model run (default 64).")] = None,
+    queue: Annotated[int | None, typer.Option(help="Most messages waiting per model (default 1024).")] = None,
+    deadline_s: Annotated[float | None, typer.Option("--deadline-s", help="Seconds a message may wait (default 10).")] = None,
+    sessions: Annotated[int | None, typer.Option(help="Most live sessions (default 10000).")] = None,
+    idle_s: Annotated[float | None, typer.Option("--idle-s", help="Seconds after which an idle session expires (default 600).")] = None,
+    connections: Annotated[int | None, typer.Option(help="Most open websockets (default 2000).")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (default info).")] = None,
+    log_format: Annotated[str | None, typer.Option(help="auto, console or json (default auto).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; only 1 until sessions have a shared store.")] = None,
+) -> None:
+    """Serves until Ctrl-C."""
+    if context.invoked_subcommand is not None:
+        return
+    given = {name: value for name, value in context.params.items() if value is not None}
+    try:
+        _serve(given)
+    except StartupError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # Ctrl-C before the server took the signals over
+        sys.exit(130)
+
+
+def _serve(given: dict[str, Any]) -> None:
+    from service.logs import configure_logs
+    from service.settings import load_settings
+
+    settings = load_settings(**given)
+    configure_logs(settings.log_level, settings.log_format)
+
+    from service.server import serve as run  # models and the web framework take their time: faults in the settings are told first
+
+    run(settings)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m service")

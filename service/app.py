@@ -1,0 +1,155 @@
+"""The application: routes, errors and the way in and out of every request, put together."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from service.errors import Malformed, MethodNotAllowed, NotFound, ServiceError, Unauthenticated
+from service.gate import Gate
+from service.metrics import Metrics
+from service.predictor import Predictor
+from service.protocol import encode
+from service.routes import router
+from service.settings import Settings
+from service.streaming import Sockets
+
+log = structlog.get_logger("app")
+
+_WITHOUT_TOKEN = ("/health/live", "/health/ready")
+_DESCRIPTION = """
+Recurrent (IndRNN) models on clips and live streams.
+
+* **A clip**: `POST /v1/models/{name}/predict`.
+* **A stream over REST**: open a session, send its frames in steps; the state is carried between. Every frame has a number, so a step may be repeated safely.
+* **A stream over a websocket**: `/v1/models/{name}/stream`, JSON or binary messages. It is the same kind of session: what one began, the other may go on with.
+
+Every error is `{"error": "one line for a person", "code": "...", ...}`.
+"""
+
+
+def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
+    """The service as an ASGI application; its lifespan starts and stops the predictor."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with predictor:
+            yield
+
+    app = FastAPI(title="IndRNN service", description=_DESCRIPTION, version="1", lifespan=lifespan, separate_input_output_schemas=False)
+    gate = Gate(settings)
+    sockets = Sockets(predictor, gate, settings.connections)
+    app.state.predictor, app.state.settings, app.state.gate, app.state.sockets = predictor, settings, gate, sockets
+    app.include_router(router)
+
+    @app.websocket("/v1/models/{name}/stream")
+    async def stream(websocket: WebSocket, name: str) -> None:
+        await sockets.serve(websocket, name)
+
+    app.add_middleware(Edge, gate=gate, metrics=predictor.metrics)
+    for kind in (ServiceError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _refuse)
+    return app
+
+
+class Edge:
+    """Around every HTTP request: the token, a request id, figures, and an answer that tells nothing when our own code fails."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, metrics: Metrics) -> None:
+        self._app = app
+        self._gate = gate
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id, began, status = secrets.token_hex(8), time.perf_counter(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            self._authorise(scope)
+            await self._app(scope, receive, sending)
+        except ServiceError as error:
+            await self._answer(error, scope, receive, sending)
+        except Exception:
+            log.exception("request failed", request=request_id, method=scope["method"], route=_route(scope))
+            if not status:
+                await self._answer(ServiceError(request=request_id), scope, receive, sending)
+        route, seconds = _route(scope), time.perf_counter() - began
+        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        log.debug("request", request=request_id, method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 2))
+
+    def _authorise(self, scope: Scope) -> None:
+        state = scope.setdefault("state", {})
+        try:
+            self._gate.check_token(Headers(scope=scope))
+            state["authorised"] = True
+        except Unauthenticated:
+            state["authorised"] = False
+            if scope["path"] not in _WITHOUT_TOKEN:
+                raise
+
+    async def _answer(self, error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
+        self._metrics.errors.labels(error.code).inc()
+        await error_response(error)(scope, receive, send)
+
+
+def error_response(error: ServiceError) -> Response:
+    """An error as an HTTP answer."""
+    headers = {}
+    if "retry_after" in error.facts:
+        headers["retry-after"] = str(error.facts["retry_after"])
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
+    return Response(encode(error.to_dict()), error.status, headers, "application/json")
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    known = _translate(request, error)
+    request.app.state.predictor.metrics.errors.labels(known.code).inc()
+    return error_response(known)
+
+
+def _translate(request: Request, error: Exception) -> ServiceError:
+    """FastAPI's own refusals in our shape."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _malformed(error.errors()[0])
+    status = getattr(error, "status_code", 500)
+    if status == 404:
+        return NotFound("no such path; / says where things are")
+    if status == 405:
+        return MethodNotAllowed(f"{request.method} is not possible here", allow=(getattr(error, "headers", None) or {}).get("Allow", ""))
+    return Malformed(str(getattr(error, "detail", "the request cannot be read"))) if 400 <= status < 500 else ServiceError()
+
+
+def _malformed(fault: Any) -> Malformed:
+    name = str(fault["loc"][-1])
+    if fault["type"] == "extra_forbidden":
+        return Malformed(f"unknown query parameter {name!r:.60}")
+    return Malformed(f"{name}: {fault['msg']}, got {fault.get('input')!r:.60}")
+
+
+def _route(scope: Scope) -> str:
+    return getattr(scope.get("route"), "path", "unmatched")

@@ -1,0 +1,288 @@
+"""The use cases, free of HTTP: classify a clip; open, advance, reset, resume and close a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import structlog
+
+from model import skeletons
+from service.catalog import Catalog
+from service.errors import Deadline, Draining, LayoutUnknown, Malformed, Overloaded, ServiceError, TakenOver
+from service.frames import FrameReader, Frames, Payload
+from service.metrics import Metrics
+from service.options import Options
+from service.protocol import Answer
+from service.runner import Runner
+from service.sessions import Cause, Owner, Rows, Session, Sessions
+from service.settings import Settings
+
+log = structlog.get_logger("predictor")
+
+_LARGE = 2**20  # bytes; payloads above are read in a thread, so that the event loop goes on
+_MOST_QUEUED = 64  # messages of one session that wait for their turn
+
+
+class Predictor:
+    """Serves the models of a catalog. Use it as `async with`: what it starts, it stops."""
+
+    def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
+        self.catalog = catalog
+        self.metrics = metrics
+        self.sessions = Sessions(settings.sessions, settings.idle_s, self._session_ended)
+        self.draining = False
+        self._settings = settings
+        self._runners = {
+            (entry.name, entry.version): Runner(entry.name, entry.version, entry.engine, metrics, most_rows=settings.max_batch, most_waiting=settings.queue)
+            for entry in catalog
+        }
+        self._readers: dict[tuple[str, str, str | None], FrameReader] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Predictor:
+        for runner in self._runners.values():
+            runner.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.draining = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeper
+        for runner in self._runners.values():
+            await runner.stop()
+        for session in self.sessions:
+            self.sessions.end(session, "drained")
+
+    # Models
+
+    def runner(self, name: str, version: str | None = None) -> Runner:
+        """The model at work; raises `ModelNotFound`."""
+        entry = self.catalog.find(name, version)
+        return self._runners[entry.name, entry.version]
+
+    def describe(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """What the model is, where it runs and how busy it is."""
+        runner = self.runner(name, version)
+        manifest = runner.manifest
+        return {
+            "name": runner.name,
+            "version": runner.version,
+            "versions": self.catalog.versions(name),
+            "device": runner.engine.device.to_dict(),
+            "layouts": list(skeletons.reachable(manifest.layout)) if manifest.layout else [],
+            "manifest": manifest.summary(),
+            "live": runner.live_figures(),
+        }
+
+    # Clips
+
+    async def predict(self, name: str, version: str | None, payload: Payload, options: Options) -> Answer:
+        """Runs a whole clip from the zero state; nothing of it remains."""
+        self._check_open()
+        deadline = time.monotonic() + self._settings.deadline_s
+        runner = self.runner(name, version)
+        options = _settled(options, runner)
+        frames = await self._read(payload, runner, options, 0)
+        scores = await runner.run(Rows.ZERO, frames, deadline)
+        return Answer(runner.manifest, options, 0, len(frames), scores if options.scores == "all" else scores[-1:])
+
+    # Streams
+
+    def open(self, name: str, version: str | None, options: Options) -> Session:
+        """A new session at frame 0; raises `ModelNotFound`, `LayoutUnknown`, `Malformed` or `TooMany`."""
+        self._check_open()
+        runner = self.runner(name, version)
+        options = _settled(options, runner)
+        self._reader(runner, options.layout)  # refuses an unknown layout before anything is taken
+        try:
+            self.sessions.check_room()
+        except ServiceError:
+            self.metrics.sessions_refused.inc()
+            raise
+        session = Session(runner.name, runner.version, runner.rows.take(), len(runner.manifest.classes), options)
+        self.sessions.add(session)
+        self.metrics.sessions_opened.labels(runner.name).inc()
+        self.metrics.sessions_live.labels(runner.name).inc()
+        return session
+
+    async def advance(self, session: Session, first: int, count: int | None, payload: Payload, options: Options, owner: Owner | None = None) -> Answer:
+        """Takes frames [first, first + count) as the protocol's section 1 says; a message that fails changes nothing.
+
+        `count` is None where only reading the payload tells. `owner` is the connection that asks, which may have been taken over.
+        """
+        deadline = time.monotonic() + self._settings.deadline_s
+        async with self._turn(session, deadline, owner):
+            runner = self._runners[session.model, session.version]
+            if count is not None and first + count <= session.next_frame:
+                session.known(first, count)
+                return self._stored(session, runner, first, first + count, options)
+            frames = await self._read(payload, runner, session.options, first)
+            end = first + len(frames)
+            known = session.known(first, len(frames))
+            if known == len(frames):
+                return self._stored(session, runner, first, end, options)
+            before = session.answers.get(first, session.next_frame) if known and options.scores == "all" else None  # raises before anything runs
+            scores = await runner.run(session.row, frames[known:], deadline, session.answers.add)
+            if options.scores != "all":
+                scores = scores[-1:]
+            elif before is not None:
+                scores = np.concatenate([before, scores])
+            return Answer(runner.manifest, options, first, len(frames), scores)
+
+    async def reset(self, session: Session, at: int, owner: Owner | None = None) -> None:
+        """Begins anew at frame `at`, which must be the next one; repeating it does nothing."""
+        async with self._turn(session, time.monotonic() + self._settings.deadline_s, owner):
+            if session.reset(at):
+                self._runners[session.model, session.version].rows.clear(session.row)
+
+    def acknowledge(self, session: Session, first: int) -> None:
+        """Answers below `first` were received and need not be kept; an ack beyond the next frame means all of them."""
+        session.used = time.monotonic()
+        session.answers.forget(min(first, session.next_frame))
+
+    def kept(self, session: Session, options: Options) -> Answer | None:
+        """Answers that a resuming client has not acknowledged, as one; None if there are none."""
+        if session.answers.start == session.next_frame:
+            return None
+        return self._stored(session, self._runners[session.model, session.version], session.answers.start, session.next_frame, options)
+
+    async def close(self, session: Session, cause: Cause) -> None:
+        """Ends the session after the message under way, if any."""
+        async with session.turn:
+            self.sessions.check_live(session)
+            self.sessions.end(session, cause)
+
+    def attach(self, session: Session, owner: Owner) -> None:
+        """Makes `owner` the connection that streams this session; the one before is told that it was taken over."""
+        before, session.owner = session.owner, owner
+        if before is not None:
+            before.stop(TakenOver("another connection has taken this session over", next_frame=session.next_frame))
+
+    def detach(self, session: Session, owner: Owner) -> None:
+        if session.owner is owner:
+            session.owner = None
+            session.used = time.monotonic()
+
+    def opened(self, session: Session) -> dict[str, Any]:
+        """What a client learns when its session opens or is resumed."""
+        runner = self._runners[session.model, session.version]
+        manifest = runner.manifest
+        value: dict[str, Any] = {
+            "session": session.id,
+            "next_frame": session.next_frame,
+            "model": session.model,
+            "version": session.version,
+            "fingerprint": manifest.fingerprint,
+            "task": manifest.task,
+            "classes": list(manifest.classes),
+            "frame_shape": list(self._reader(runner, session.options.layout).shape),
+            "window": session.answers.limit,
+            "limits": {
+                "message_bytes": self._settings.message_bytes,
+                "body_bytes": self._settings.body_bytes,
+                "idle_s": self._settings.idle_s,
+                "deadline_s": self._settings.deadline_s,
+            },
+            "options": session.options.to_dict(),
+        }
+        if warning := stream_warning(runner):
+            value["warning"] = warning
+        return value
+
+    async def drain(self) -> None:
+        """Refuses new work and waits, for a while, until the work under way is done."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await asyncio.gather(*(runner.idle() for runner in self._runners.values()))
+
+    # Inside
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, session: Session, deadline: float, owner: Owner | None) -> AsyncIterator[None]:
+        """Waits for the session's turn and checks that there is still something to do in it."""
+        self._check_open()
+        if session.queued >= _MOST_QUEUED:
+            raise Overloaded(f"{session.queued} messages of this session are waiting already")
+        session.queued += 1
+        try:
+            async with session.turn:
+                self.sessions.check_live(session)
+                if owner is not None and session.owner is not owner:
+                    raise TakenOver("another connection has taken this session over", next_frame=session.next_frame)
+                if time.monotonic() > deadline:
+                    raise Deadline("the message waited too long for earlier messages of its session")
+                session.used = time.monotonic()
+                yield
+                session.used = time.monotonic()
+        finally:
+            session.queued -= 1
+
+    def _stored(self, session: Session, runner: Runner, first: int, end: int, options: Options) -> Answer:
+        scores = session.answers.get(first if options.scores == "all" else end - 1, end)
+        return Answer(runner.manifest, options, first, end - first, scores)
+
+    def _reader(self, runner: Runner, layout: str | None) -> FrameReader:
+        key = (runner.name, runner.version, layout)
+        reader = self._readers.get(key)
+        if reader is None:
+            reader = self._readers[key] = FrameReader(runner.manifest, layout)
+        return reader
+
+    async def _read(self, payload: Payload, runner: Runner, options: Options, first: int) -> Frames:
+        reader = self._reader(runner, options.layout)
+        if payload.size > _LARGE:
+            return await asyncio.to_thread(payload.read, reader, first)
+        return payload.read(reader, first)
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise Draining("the service is shutting down", retry_after=5)
+
+    def _session_ended(self, session: Session, cause: Cause) -> None:
+        runner = self._runners[session.model, session.version]
+        runner.rows.give(session.row)
+        self.metrics.sessions_live.labels(session.model).dec()
+        self.metrics.sessions_ended.labels(session.model, cause).inc()
+        log.debug("session ended", session=session.digest, model=session.model, cause=cause, frames=session.next_frame)
+
+    async def _sweep(self) -> None:
+        pause = min(1.0, self._settings.idle_s / 4)
+        while True:
+            await asyncio.sleep(pause)
+            for session in self.sessions.expire():
+                if session.owner is not None:
+                    try:
+                        self.sessions.check_live(session)
+                    except ServiceError as error:
+                        session.owner.stop(error)
+
+
+def stream_warning(runner: Runner) -> str:
+    """What a client must know before it streams for hours; "" where the model was verified for it."""
+    report = runner.manifest.stream
+    if report is None:
+        return "not verified for endless streams: this model was only tested on clips; reset it between actions"
+    if report.declines:
+        fall = f"accuracy declines from {report.accuracy_first:.1%} to {report.accuracy_last:.1%} along a stream"
+        return f"not verified for endless streams: {fall}; reset the session between actions"
+    return ""
+
+
+def _settled(options: Options, runner: Runner) -> Options:
+    """The options with the model's own values filled in; refuses what this model cannot do."""
+    manifest = runner.manifest
+    if options.layout is not None and manifest.layout is None:
+        raise LayoutUnknown(f"model {runner.name} takes no skeletons: it has no layout")
+    if options.fps is not None and options.fps != manifest.fps:
+        raise Malformed(f"model {runner.name} takes {manifest.fps:g} frames a second, not {options.fps:g}: resample before sending", fps=manifest.fps)
+    return dataclasses.replace(options, layout=options.layout or manifest.layout, fps=manifest.fps)

@@ -1,0 +1,291 @@
+"""The wire: what messages mean, as values. No I/O: text and bytes come in, messages go out, and the other way round.
+
+Binary messages, little-endian: `u8 version=1, u8 kind, u16 track, u32 count, u64 first`, then the payload.
+
+    kind  direction   payload
+    1     to server   frames: count x frame shape, float32
+    2     to client   scores: count x classes, float32
+    3     to server   ack: none; `first` is the ack
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from model.contract import Manifest
+from service.errors import Malformed, ServiceError
+from service.options import NAMES as OPTION_NAMES
+from service.options import Options
+
+Floats = npt.NDArray[np.float32]
+
+HEADER = struct.Struct("<BBHIQ")
+VERSION = 1
+KIND_FRAMES, KIND_SCORES, KIND_ACK = 1, 2, 3
+MOST_FRAMES = 2**64 - 1
+OPEN_FIELDS = ("version", "session", "ack", *OPTION_NAMES)
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Begins a stream, or goes on with `session`; `options` as the client wrote them."""
+
+    options: dict[str, Any]
+    version: str | None = None
+    session: str | None = None
+    ack: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """`count` frames from number `first` on; `payload` is nested lists or raw bytes, `size` its length on the wire."""
+
+    first: int
+    count: int
+    payload: list[Any] | memoryview
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Every frame below `first` was answered and its answer received."""
+
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Ends the session, not only the connection."""
+
+
+Message = Open | Frames | Ack | Reset | Close
+
+
+class Phase(Enum):
+    AWAITING_OPEN = auto()
+    OPEN = auto()
+    CLOSED = auto()
+
+
+class Connection:
+    """One websocket as seen by the server: which messages may come now, and how many frames are unanswered.
+
+    `window` is the credit in frames; while `crowded`, the socket is not read.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.phase = Phase.AWAITING_OPEN
+        self.unanswered = 0
+
+    @property
+    def crowded(self) -> bool:
+        return self.unanswered >= self.window
+
+    def receive(self, data: str | bytes) -> Message:
+        """Reads one message; raises `Malformed` for what cannot be read or may not come now."""
+        message = read_text(data) if isinstance(data, str) else read_binary(data)
+        if self.phase is Phase.CLOSED:
+            raise Malformed("the session is closed: nothing may follow `close`")
+        if self.phase is Phase.AWAITING_OPEN:
+            if not isinstance(message, Open):
+                raise Malformed("the first message must be `open` (or put its options into the URL's query, e.g. ?scores=all)")
+            self.phase = Phase.OPEN
+        elif isinstance(message, Open):
+            raise Malformed("the stream is open already: `open` comes once")
+        if isinstance(message, Frames):
+            self.unanswered += message.count
+        elif isinstance(message, Close):
+            self.phase = Phase.CLOSED
+        return message
+
+    def open_by_query(self, query: Mapping[str, str]) -> Open | None:
+        """The `open` that a URL's query stands for; None without a query."""
+        if not query:
+            return None
+        given: dict[str, Any] = dict(query)
+        if "ack" in given:
+            given["ack"] = int(given["ack"]) if given["ack"].isascii() and given["ack"].isdecimal() else given["ack"]
+        opened = _read_open(given)
+        self.phase = Phase.OPEN
+        return opened
+
+    def answered(self, frames: Frames) -> None:
+        self.unanswered -= frames.count
+
+
+def read_text(text: str) -> Message:
+    """A message to the server from JSON; raises `Malformed` naming the field."""
+    value = read_object(text)
+    kind = value.pop("type", None)
+    reader = _READERS.get(kind) if isinstance(kind, str) else None
+    if reader is None:
+        raise Malformed(f"unknown message type {kind!r:.60}; known: {', '.join(_READERS)}")
+    track = value.pop("track", 0)
+    if type(track) is not int or not 0 <= track < 2**16:
+        raise Malformed(f"track must be a whole number from 0 to 65535, got {track!r:.60}")
+    _only_track_0(track)
+    message: Message = reader(value, len(text))
+    return message
+
+
+def read_binary(data: bytes) -> Message:
+    """A message to the server from bytes; raises `Malformed` for a bad header."""
+    if len(data) < HEADER.size:
+        raise Malformed(f"a binary message begins with a header of {HEADER.size} bytes, this one has {len(data)}")
+    version, kind, track, count, first = HEADER.unpack_from(data)
+    if version != VERSION:
+        raise Malformed(f"binary version {version}, this server reads {VERSION}")
+    _only_track_0(track)
+    if kind == KIND_FRAMES:
+        return Frames(first, count, memoryview(data)[HEADER.size :], len(data))
+    if kind == KIND_ACK:
+        if len(data) > HEADER.size or count:
+            raise Malformed("an ack has no payload and count 0")
+        return Ack(first)
+    raise Malformed(f"unknown binary kind {kind}; to the server go {KIND_FRAMES} (frames) and {KIND_ACK} (ack)")
+
+
+def read_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; raises `Malformed`, for NaN and Infinity too, which are no JSON."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        if "infinity" not in str(error):
+            raise Malformed(f"not JSON: {error}") from None
+        value = json.loads(text)  # a number too large for a double is legal JSON; it is refused where its place is known
+    if not isinstance(value, dict):
+        raise Malformed(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def check_fields(value: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Raises `Malformed` naming a field that is missing or unknown."""
+    for name in required:
+        if name not in value:
+            raise Malformed(f"field {name!r} is missing")
+    for name in value:
+        if name not in required and name not in optional:
+            raise Malformed(f"unknown field {name!r:.60}; known: {', '.join((*required, *optional))}")
+
+
+def frame_number(value: Any, name: str) -> int:
+    """A frame's number, 0 to 2**64 - 1; raises `Malformed`."""
+    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
+        raise Malformed(f"{name} must be a whole number from 0 to 2**64 - 1, got {value!r:.60}")
+    return value
+
+
+def _only_track_0(track: int) -> None:
+    if track:
+        raise Malformed(f"track {track}: a connection carries one stream, track 0; open one connection for each further stream")
+
+
+def _read_open(value: dict[str, Any], _size: int = 0) -> Open:
+    check_fields(value, (), OPEN_FIELDS)
+    for name in ("version", "session"):
+        if not isinstance(value.get(name), str | None):
+            raise Malformed(f"{name} must be a string, got {value[name]!r:.60}")
+    ack = None if value.get("ack") is None else frame_number(value["ack"], "ack")
+    return Open({name: value[name] for name in OPTION_NAMES if name in value}, value.get("version"), value.get("session"), ack)
+
+
+def _read_frames(value: dict[str, Any], size: int) -> Frames:
+    check_fields(value, ("first", "frames"))
+    if not isinstance(value["frames"], list):
+        raise Malformed(f"frames must be a list, got {type(value['frames']).__name__}")
+    return Frames(frame_number(value["first"], "first"), len(value["frames"]), value["frames"], size)
+
+
+def _read_ack(value: dict[str, Any], _size: int) -> Ack:
+    check_fields(value, ("first",))
+    return Ack(frame_number(value["first"], "first"))
+
+
+def _read_reset(value: dict[str, Any], _size: int) -> Reset:
+    check_fields(value, ("at",))
+    return Reset(frame_number(value["at"], "at"))
+
+
+def _read_close(value: dict[str, Any], _size: int) -> Close:
+    check_fields(value, ())
+    return Close()
+
+
+_READERS: dict[str, Any] = {"open": _read_open, "frames": _read_frames, "ack": _read_ack, "reset": _read_reset, "close": _read_close}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Scores for frames [first, first + count): `scores` (count, classes), or (1, classes) of the last frame unless all were asked for."""
+
+    manifest: Manifest
+    options: Options
+    first: int
+    count: int
+    scores: Floats
+
+    def to_dict(self) -> dict[str, Any]:
+        frame = self.first + self.count - 1
+        value: dict[str, Any] = {"first": self.first, "count": self.count, "frame": frame, "time": round(frame / (self.options.fps or self.manifest.fps), 6)}
+        last = self.scores[-1]
+        if self.manifest.task == "classification":
+            value.update(self._labels(last))
+        if self.options.scores == "all":
+            value["scores"] = self.scores
+        elif self.options.scores == "last":
+            value["scores"] = last
+        return value
+
+    def _labels(self, last: Floats) -> dict[str, Any]:
+        order = np.argsort(-last, kind="stable")[: max(1, self.options.top_k)].tolist()
+        top = [{"label": self.manifest.classes[i], "score": last[i]} for i in order]
+        return {"label": top[0]["label"], "score": top[0]["score"], "top": top[: self.options.top_k]}
+
+    def to_json(self) -> bytes:
+        return encode(self.to_dict())
+
+    def to_binary(self) -> bytes:
+        """A message of kind 2: all frames' scores, or the last frame's alone under its own number."""
+        first = self.first + self.count - len(self.scores)
+        return HEADER.pack(VERSION, KIND_SCORES, 0, len(self.scores), first) + self.scores.astype("<f4", copy=False).tobytes()
+
+
+def write_answer(answer: Answer) -> str | bytes:
+    """An answer as a websocket message, text or binary as the stream's options say."""
+    if answer.options.answers == "binary":
+        return answer.to_binary()
+    return write("scores", track=0, **answer.to_dict())
+
+
+def write_error(error: ServiceError) -> str:
+    return write("error", track=0, **error.to_dict())
+
+
+def write(kind: str, **fields: Any) -> str:
+    """A text message to the client."""
+    return encode({"type": kind, **fields}).decode()
+
+
+def write_frames(first: int, frames: Floats) -> bytes:
+    """The binary message that carries frames (count, *frame_shape) to a server."""
+    return HEADER.pack(VERSION, KIND_FRAMES, 0, len(frames), first) + np.ascontiguousarray(frames, "<f4").tobytes()
+
+
+def encode(value: Any) -> bytes:
+    """JSON; float32 values are written so that reading them back gives the same bits."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,230 @@
+"""REST: thin handlers between requests and the predictor."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+
+from service import schemas
+from service.bodies import read_body, read_frames_body, read_json
+from service.errors import Draining, Malformed
+from service.gate import Gate
+from service.metrics import CONTENT_TYPE_LATEST
+from service.options import NAMES, Options, read_options
+from service.predictor import Predictor
+from service.protocol import Answer, encode, frame_number
+from service.schemas import frames_body, json_body, refusals
+from service.sessions import Cause
+from service.settings import Settings
+
+router = APIRouter()
+_DEFAULTS = Options()
+_FIRST = {
+    "first": {"type": "integer", "description": "number of the first frame"},
+    "ack": {"type": "integer", "description": "every frame below was answered and received"},
+}
+
+
+@router.get("/", summary="Where things are", tags=["service"])
+async def index() -> Response:
+    return _json({"service": "indrnn", "models": "/v1/models", "docs": "/docs", "openapi": "/openapi.json", "ready": "/health/ready", "metrics": "/metrics"})
+
+
+@router.get("/health/live", summary="Whether the process runs", tags=["service"])
+async def live() -> Response:
+    return _json({"status": "live"})
+
+
+@router.get("/health/ready", summary="Whether work is accepted", tags=["service"], responses=refusals(503))
+async def ready(request: Request) -> Response:
+    """Facts about models are shown to those who have the token, where one is asked for."""
+    predictor = _predictor(request)
+    if predictor.draining:
+        raise Draining("the service is shutting down", retry_after=5)
+    return _json({"status": "ready", **(_models(predictor) if request.state.authorised else {})})
+
+
+@router.get("/metrics", summary="Figures for Prometheus", tags=["service"])
+async def metrics(request: Request) -> Response:
+    return Response(_predictor(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/models", summary="All models", tags=["models"])
+async def models(request: Request) -> Response:
+    """Served models with their default version, and those that could not be loaded with the reason."""
+    return _json(_models(_predictor(request)))
+
+
+@router.get("/v1/models/{name}", summary="One model", tags=["models"], response_model=None, responses={200: {"model": schemas.ModelBody}, **refusals(404)})
+async def model(request: Request, name: str, version: str | None = None) -> Response:
+    """Its manifest (frame shape, classes, data, measured accuracy), device, versions, and how busy it is."""
+    return _json(_predictor(request).describe(name, version))
+
+
+@router.post(
+    "/v1/models/{name}/predict",
+    summary="Classify a clip",
+    tags=["models"],
+    response_model=None,
+    responses={200: {"model": schemas.AnswerBody}, **refusals(400, 404, 408, 413, 422, 503)},
+    openapi_extra=frames_body(),
+)
+async def predict(request: Request, name: str, query: Annotated[schemas.StreamQuery, Query()]) -> Response:
+    """Runs all frames from the zero state. Nothing is kept: for streams, open a session."""
+    predictor = _predictor(request)
+    predictor.runner(name, query.version)  # an unknown model is said before a long body is read
+    payload, _ = await read_frames_body(request, _settings(request).body_bytes, ())
+    return _answer(await predictor.predict(name, query.version, payload, _options(query, _DEFAULTS)))
+
+
+@router.post(
+    "/v1/models/{name}/sessions",
+    status_code=201,
+    summary="Open a session",
+    tags=["sessions"],
+    response_model=None,
+    responses={201: {"model": schemas.OpenedBody}, **refusals(400, 404, 422, 429, 503)},
+)
+async def open_session(request: Request, name: str, query: Annotated[schemas.StreamQuery, Query()]) -> Response:
+    """The state is carried from one step to the next. Options may also come as a JSON body."""
+    predictor = _predictor(request)
+    options, version = _options(query, _DEFAULTS), query.version
+    if body := await read_body(request, 64 * 1024):
+        fields = read_json(body, (), ("version", *NAMES))
+        version = _version(fields.pop("version", None)) or version
+        options = read_options(fields, options)
+    session = predictor.open(name, version, options)
+    return _json(predictor.opened(session), 201, {"location": f"/v1/sessions/{session.id}"})
+
+
+@router.post(
+    "/v1/sessions/{session_id}/frames",
+    summary="Send the next frames",
+    tags=["sessions"],
+    response_model=None,
+    responses={200: {"model": schemas.AnswerBody}, **refusals(400, 404, 408, 409, 413, 422, 503)},
+    openapi_extra=frames_body(_FIRST, ("first", "frames"), {"first": 0, "frames": [[0.1, 0.2], [0.3, 0.4]]}),
+)
+async def step(request: Request, session_id: str, query: Annotated[schemas.StepQuery, Query()]) -> Response:
+    """Safe to repeat: frames that were taken are not run again, their kept answers are sent. A message that fails changes nothing."""
+    predictor = _predictor(request)
+    session = predictor.sessions.find(session_id)
+    payload, fields = await read_frames_body(request, _settings(request).body_bytes, ("first",), ("ack",))
+    fields = fields or {"first": query.first, "ack": query.ack}
+    if fields["first"] is None:
+        raise Malformed("a binary body needs ?first=, the number of its first frame")
+    first = frame_number(fields["first"], "first")
+    ack = None if fields.get("ack") is None else frame_number(fields["ack"], "ack")
+    count = len(payload.value) if isinstance(payload.value, list) else None
+    answer = await predictor.advance(session, first, count, payload, _options(query, session.options))
+    if ack is not None:
+        predictor.acknowledge(session, ack)
+    return _answer(answer)
+
+
+@router.post(
+    "/v1/sessions/{session_id}/reset",
+    summary="Begin anew",
+    tags=["sessions"],
+    response_model=None,
+    responses={200: {"model": schemas.PlaceBody}, **refusals(400, 404, 408, 409, 503)},
+    openapi_extra=json_body({"at": {"type": "integer", "description": "the next frame's number"}}, {"at": 120}),
+)
+async def reset(request: Request, session_id: str) -> Response:
+    """Forgets the past at the next frame; numbering goes on. Repeating it does nothing."""
+    predictor = _predictor(request)
+    session = predictor.sessions.find(session_id)
+    fields = read_json(await read_body(request, 64 * 1024), ("at",))
+    await predictor.reset(session, frame_number(fields["at"], "at"))
+    return _json({"next_frame": session.next_frame, "reset_at": session.resets_at})
+
+
+@router.get(
+    "/v1/sessions/{session_id}",
+    summary="Where a session stands",
+    tags=["sessions"],
+    response_model=None,
+    responses={200: {"model": schemas.SessionBody}, **refusals(404)},
+)
+async def session_facts(request: Request, session_id: str) -> Response:
+    return _json(_predictor(request).sessions.find(session_id).facts())
+
+
+@router.delete(
+    "/v1/sessions/{session_id}",
+    summary="Close a session",
+    tags=["sessions"],
+    response_model=None,
+    responses={200: {"model": schemas.PlaceBody}, **refusals(404)},
+)
+async def close_session(request: Request, session_id: str) -> Response:
+    """Takes effect after the message under way. A manager closes other people's sessions by their digest."""
+    predictor, gate = _predictor(request), _gate(request)
+    by_digest = [session for session in predictor.sessions if session.digest == session_id] if gate.is_manager(request.headers) else []
+    session = by_digest[0] if by_digest else predictor.sessions.find(session_id)
+    cause: Cause = "deleted" if by_digest else "closed"
+    await predictor.close(session, cause)
+    return _json({"closed": True, "next_frame": session.next_frame})
+
+
+@router.get("/v1/sessions", summary="All sessions (management)", tags=["management"], response_model=None, responses=refusals(403))
+async def list_sessions(request: Request) -> Response:
+    """Digests only: an id gives its session away."""
+    _gate(request).check_management(request.headers)
+    return _json({"sessions": [session.facts() for session in _predictor(request).sessions]})
+
+
+def _models(predictor: Predictor) -> dict[str, Any]:
+    described = [predictor.describe(name) for name in predictor.catalog.names()]
+    served = [
+        {
+            "name": value["name"],
+            "version": value["version"],
+            "versions": value["versions"],
+            "task": value["manifest"]["task"],
+            "frame_shape": value["manifest"]["frame_shape"],
+            "layout": value["manifest"]["layout"],
+            "fps": value["manifest"]["fps"],
+            "classes": len(value["manifest"]["classes"]),
+            "device": value["device"],
+        }
+        for value in described
+    ]
+    return {"models": served, "failed": [failure.to_dict() for failure in predictor.catalog.failures]}
+
+
+def _options(query: BaseModel, base: Options) -> Options:
+    return read_options(query.model_dump(include=set(NAMES), exclude_none=True), base)
+
+
+def _version(value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise Malformed(f"version must be a string, got {value!r:.60}")
+    return value
+
+
+def _answer(answer: Answer) -> Response:
+    if answer.options.answers == "binary":
+        return Response(answer.to_binary(), media_type="application/octet-stream")
+    return Response(answer.to_json(), media_type="application/json")
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(encode(value), status, headers, "application/json")
+
+
+def _predictor(request: Request) -> Predictor:
+    predictor: Predictor = request.app.state.predictor
+    return predictor
+
+
+def _gate(request: Request) -> Gate:
+    gate: Gate = request.app.state.gate
+    return gate
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings

@@ -1,0 +1,141 @@
+"""The server process around the application: its socket, its start with a word on what to try next, its orderly end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.catalog import SHIPPED, Catalog
+from service.errors import StartupError
+from service.metrics import Metrics
+from service.predictor import Predictor
+from service.settings import Settings
+
+SAMPLES = Path(__file__).parent / "samples"
+DEFAULT_MODELS = Path("models")
+
+log = structlog.get_logger("server")
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM; raises `StartupError` when it cannot start."""
+    with _listen(settings) as listening:
+        host, port = settings.host, listening.getsockname()[1]
+        catalog = Catalog.load(model_directories(settings), settings.device, settings.threads)
+        app = create_app(Predictor(catalog, settings, Metrics()), settings)
+        config = uvicorn.Config(
+            app,
+            loop="uvloop",
+            http="httptools",
+            ws="websockets-sansio",
+            ws_max_size=settings.message_bytes,
+            ws_per_message_deflate=False,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=max(1, int(settings.drain_s)),
+        )
+        server = _Server(config, app, settings)
+        server.greeting = greeting(catalog, f"http://{_spoken(host)}:{port}", settings)
+        server.run(sockets=[listening])
+
+
+def model_directories(settings: Settings) -> list[Path]:
+    """Where models are looked for, first to last; raises `StartupError` when a directory that was named is not there."""
+    if settings.models is not None and not settings.models.is_dir():
+        raise StartupError(f"the models directory {settings.models} does not exist")
+    own = settings.models or (DEFAULT_MODELS if DEFAULT_MODELS.is_dir() else None)
+    return [*([own] if own else []), SHIPPED]
+
+
+def greeting(catalog: Catalog, url: str, settings: Settings) -> str:
+    """What to try next, ready to be pasted."""
+    header = ' -H "Authorization: Bearer $INDRNN_TOKEN"' if settings.token else ""
+    lines = [f"Serving on {url}", f"  models   {', '.join(catalog.names())}", f"  API      {url}/docs"]
+    for name in catalog.names():
+        sample = _sample(name)
+        if sample is not None:
+            kind = "application/json" if sample.suffix == ".json" else "application/x-npy"
+            lines.append(f"  clip     curl -s{header} -H 'Content-Type: {kind}' --data-binary @{sample} {url}/v1/models/{name}/predict")
+            lines.append(f"  stream   python -m service stream {sample} --model {name} --url {url}")
+            break
+    else:
+        lines.append(f"  model    curl -s{header} {url}/v1/models/{catalog.names()[0]}")
+    return "\n".join(lines)
+
+
+def _sample(name: str) -> Path | None:
+    """A shipped recording for this model, as short a path as possible."""
+    found = sorted(path for suffix in ("npy", "json") for path in [*SAMPLES.glob(f"{name}/*.{suffix}"), *SAMPLES.glob(f"{name}*.{suffix}")])
+    if not found:
+        return None
+    return found[0].relative_to(Path.cwd()) if found[0].is_relative_to(Path.cwd()) else found[0]
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but streams are told before their sockets close, and a signal is a normal end."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+        super().__init__(config)
+        self.greeting = ""
+        self._state = app.state
+        self._drain_s = settings.drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.greeting, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("draining", sessions=len(self._state.predictor.sessions))
+        for server in self.servers:
+            server.close()
+        self._state.predictor.draining = True
+        await self._state.sockets.drain(self._drain_s)
+        await self._state.predictor.drain()
+        await super().shutdown(sockets)
+        log.info("stopped")
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but does not raise the signal again after an orderly end: that would be a traceback or a failed exit status."""
+        handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """A bound socket: a port that is taken is said at once, before any model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise StartupError(f"host {settings.host} is unknown: {error.strerror}") from None
+    listening = socket.socket(family, kind, protocol)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+        listening.listen(1)  # two bound sockets may share a port until one listens
+        return listening
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise StartupError(f"port {settings.port} on {settings.host} is taken; choose another with --port or INDRNN_PORT") from None
+        raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+
+
+def _spoken(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

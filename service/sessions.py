@@ -1,0 +1,259 @@
+"""Sessions: which frames a stream has taken, its row of state, the answers it may ask for again; and the table of all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import AnswersForgotten, Empty, Gap, ServiceError, SessionExpired, SessionNotFound, TooMany
+from service.options import Options
+
+Floats = npt.NDArray[np.float32]
+Cause = Literal["closed", "expired", "drained", "deleted"]
+
+KEPT_FRAMES = 64
+KEPT_BYTES = 256 * 1024
+REMEMBERED = 10_000  # expired sessions whose clients are told so
+_ID_BYTES = 24
+
+
+class Rows:
+    """State rows of one model in one array (capacity, width) with a free list. Row 0 is all zeros for ever: where every stream begins.
+
+    The event loop takes, clears and gives; the dispatcher's thread gathers and scatters.
+    """
+
+    ZERO = 0
+
+    def __init__(self, width: int) -> None:
+        self._pool = np.zeros((64, width), np.float32)
+        self._free = list(range(len(self._pool) - 1, 0, -1))
+        self._taken: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def taken(self) -> int:
+        return len(self._taken)
+
+    def take(self) -> int:
+        """A row of zeros, the caller's until it is given back."""
+        if not self._free:
+            self._grow()
+        row = self._free.pop()
+        self._taken.add(row)
+        self.clear(row)
+        return row
+
+    def give(self, row: int) -> None:
+        """Raises `KeyError` for a row that is not taken: two streams must never share one."""
+        self._taken.remove(row)
+        self._free.append(row)
+
+    def clear(self, row: int) -> None:
+        with self._lock:
+            self._pool[row] = 0
+
+    def gather(self, rows: list[int]) -> Floats:
+        """Copies (len(rows), width)."""
+        with self._lock:
+            return self._pool[rows]
+
+    def scatter(self, rows: list[int], values: Floats) -> None:
+        """Writes values (len(rows), width)."""
+        with self._lock:
+            self._pool[rows] = values
+
+    def _grow(self) -> None:
+        with self._lock:
+            size = len(self._pool)
+            self._pool = np.concatenate([self._pool, np.zeros_like(self._pool)])
+        self._free.extend(range(2 * size - 1, size - 1, -1))
+
+
+class Answers:
+    """Scores of the latest frames, kept until they are acknowledged, at most `limit` frames; the oldest are forgotten."""
+
+    def __init__(self, classes: int) -> None:
+        self.limit = max(1, min(KEPT_FRAMES, KEPT_BYTES // (4 * classes)))
+        self._blocks: deque[tuple[int, Floats]] = deque()  # (first frame, scores (count, classes)), without holes
+        self.end = 0  # one past the newest frame
+
+    @property
+    def start(self) -> int:
+        """The oldest frame that is kept; `end` when none is."""
+        return self._blocks[0][0] if self._blocks else self.end
+
+    @property
+    def full(self) -> bool:
+        return self.end - self.start >= self.limit
+
+    def add(self, scores: Floats) -> None:
+        self._blocks.append((self.end, scores))
+        self.end += len(scores)
+        self.forget(self.end - self.limit)
+
+    def forget(self, below: int) -> None:
+        """Drops the answers of frames below this number."""
+        while self._blocks and self._blocks[0][0] < below:
+            first, scores = self._blocks.popleft()
+            if first + len(scores) > below:
+                self._blocks.appendleft((below, scores[below - first :].copy()))
+
+    def get(self, first: int, end: int) -> Floats:
+        """Scores (end - first, classes); raises `AnswersForgotten` unless all of them are kept."""
+        if first < self.start or end > self.end:
+            raise AnswersForgotten(
+                f"answers of frames {first} to {end - 1} are no longer kept, only from {self.start} on", kept_from=self.start, next_frame=self.end
+            )
+        parts = [scores[max(first - at, 0) : end - at] for at, scores in self._blocks if at < end and at + len(scores) > first]
+        return np.concatenate(parts)
+
+
+class Owner(Protocol):
+    """The connection that streams a session, if any."""
+
+    def stop(self, error: ServiceError) -> None:
+        """Ends the connection with this error; must not raise."""
+
+
+class Session:
+    """One stream. Whoever changes it holds `turn`, so that its messages take effect one after another."""
+
+    def __init__(self, model: str, version: str, row: int, classes: int, options: Options) -> None:
+        self.id = secrets.token_urlsafe(_ID_BYTES)
+        self.model = model
+        self.version = version
+        self.row = row
+        self.options = options
+        self.answers = Answers(classes)
+        self.turn = asyncio.Lock()
+        self.owner: Owner | None = None
+        self.ended: Cause | None = None
+        self.queued = 0  # messages that wait for the turn or have it
+        self.created = time.time()
+        self.used = time.monotonic()
+        self._reset_at = 0
+
+    @property
+    def digest(self) -> str:
+        return digest(self.id)
+
+    @property
+    def next_frame(self) -> int:
+        return self.answers.end
+
+    @property
+    def resets_at(self) -> int:
+        """Where the stream last began anew."""
+        return self._reset_at
+
+    def known(self, first: int, count: int) -> int:
+        """How many of the frames [first, first + count) are already taken; raises `Empty` or `Gap`."""
+        if count == 0:
+            raise Empty("no frames: send at least one")
+        if first > self.next_frame:
+            raise self.gap(f"frames {self.next_frame} to {first - 1} are missing")
+        return min(self.next_frame - first, count)
+
+    def reset(self, at: int) -> bool:
+        """Whether the row must be cleared now; False when this reset has been done. Raises `Gap` for another place than `next_frame`."""
+        if at != self.next_frame:
+            raise self.gap(f"a reset takes place at the next frame, {self.next_frame}, not at {at}")
+        news, self._reset_at = self._reset_at != at, at
+        return news
+
+    def gap(self, why: str) -> Gap:
+        return Gap(f"{why}; the session's next frame is {self.next_frame}", next_frame=self.next_frame)
+
+    def facts(self) -> dict[str, Any]:
+        """What lists and answers show; never the id."""
+        return {
+            "digest": self.digest,
+            "model": self.model,
+            "version": self.version,
+            "next_frame": self.next_frame,
+            "kept_from": self.answers.start,
+            "reset_at": self._reset_at,
+            "options": self.options.to_dict(),
+            "created": round(self.created, 3),
+            "idle_s": round(time.monotonic() - self.used, 3),
+            "streaming": self.owner is not None,
+        }
+
+
+class Sessions:
+    """All live sessions, capped; idle ones expire and are remembered for a while. `ended` is called exactly once for each that ends."""
+
+    def __init__(self, cap: int, idle_s: float, ended: Callable[[Session, Cause], None]) -> None:
+        self._cap = cap
+        self._idle_s = idle_s
+        self._ended = ended
+        self._live: dict[str, Session] = {}
+        self._expired: OrderedDict[str, None] = OrderedDict()  # digests
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._live.values()))
+
+    def check_room(self) -> None:
+        """Raises `TooMany` when no further session may be opened."""
+        if len(self._live) >= self._cap:
+            raise TooMany(
+                f"{len(self._live)} sessions are live, no more are allowed; close sessions that are done or wait for idle ones to expire", retry_after=5
+            )
+
+    def add(self, session: Session) -> None:
+        self._live[session.id] = session
+
+    def find(self, session_id: str) -> Session:
+        """The live session; raises `SessionNotFound`, or `SessionExpired` while that is remembered."""
+        session = self._live.get(session_id)
+        if session is None:
+            raise self._absent(session_id)
+        return session
+
+    def check_live(self, session: Session) -> None:
+        """For those who waited for a session's turn: it may have ended meanwhile."""
+        if session.ended is not None:
+            raise self._absent(session.id)
+
+    def end(self, session: Session, cause: Cause) -> None:
+        """Ends a session, once. The caller holds its turn, or nobody does."""
+        if session.ended is not None:
+            return
+        session.ended = cause
+        del self._live[session.id]
+        if cause == "expired":
+            self._expired[session.digest] = None
+            while len(self._expired) > REMEMBERED:
+                self._expired.popitem(last=False)
+        self._ended(session, cause)
+
+    def expire(self) -> list[Session]:
+        """Ends the sessions that have been idle for too long; those with a message under way are not idle."""
+        limit = time.monotonic() - self._idle_s
+        idle = [session for session in self._live.values() if session.used < limit and not session.turn.locked()]
+        for session in idle:
+            self.end(session, "expired")
+        return idle
+
+    def _absent(self, session_id: str) -> SessionNotFound:
+        if digest(session_id) in self._expired:
+            return SessionExpired(f"the session expired after {self._idle_s:g} s without a message; open a new one")
+        return SessionNotFound("no such session: it was never opened here, or it was closed")
+
+
+def digest(session_id: str) -> str:
+    """A name for a session that does not give it away."""
+    return hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]

@@ -1,0 +1,96 @@
+"""Settings: read once from the environment (`INDRNN_...`) and the command line, frozen, handed down by value."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import StartupError
+
+PREFIX = "INDRNN_"
+
+
+class Settings(BaseSettings):
+    """Every setting of the service; the variable is the field's name in capitals after `INDRNN_`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    models: Path | None = Field(
+        None, description="directory of models, <name>/<version>/model.onnx; default ./models where present. Shipped models come after it"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="auto proves CUDA with a run and else takes the CPU, and says so; cuda that cannot run is an error"
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="threads inside one model run on the CPU; default: chosen from the cores this process may use")
+    max_batch: int = Field(64, ge=1, le=4096, description="most streams in one model run")
+    queue: int = Field(1024, ge=1, description="most messages waiting or running per model; beyond it 503 overloaded")
+    deadline_s: float = Field(10.0, gt=0, description="seconds a message may wait before it is answered 408 deadline")
+    sessions: int = Field(10_000, ge=1, description="most live sessions; beyond it 429 too_many")
+    idle_s: float = Field(600.0, gt=0, description="seconds without a message after which a session expires")
+    body_bytes: int = Field(64 * 2**20, ge=1024, description="largest body of a request")
+    message_bytes: int = Field(2**20, ge=1024, description="largest websocket message")
+    connections: int = Field(2000, ge=1, description="most open websockets; beyond it 4429 too_many")
+    token: SecretStr | None = Field(None, description="bearer token asked for everything but /health")
+    management_token: SecretStr | None = Field(None, description="bearer token for management calls, which are off until it is set")
+    origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="origins whose pages may open websockets, comma separated, * for any; default: the same host"
+    )
+    drain_s: float = Field(5.0, ge=0, description="seconds that messages under way get to finish at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON lines")
+    workers: int = Field(1, description="processes; only 1 until sessions have a shared store")
+
+    @field_validator("origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("workers")
+    @classmethod
+    def _one_worker(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("only 1 is possible: sessions live in one process's memory, and a second worker would not find them")
+        return value
+
+    @field_validator("token", "management_token")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 8:
+            raise ValueError("a token needs at least 8 characters")
+        return value
+
+
+def load_settings(environment: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+    """Reads the environment; `overrides` that are not None win over it.
+
+    Raises `StartupError` naming the variable that is misspelt or has a bad value.
+    """
+    _refuse_unknown(os.environ if environment is None else environment)
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise StartupError("; ".join(_describe(fault, overrides) for fault in error.errors())) from None
+
+
+def _refuse_unknown(environment: Mapping[str, str]) -> None:
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for name in environment:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0)
+            raise StartupError(f"unknown setting {name}; did you mean {near[0]}? Known: {', '.join(known)}")
+
+
+def _describe(fault: Any, overrides: Mapping[str, Any]) -> str:
+    name = str(fault["loc"][0])
+    given_on_command_line = overrides.get(name) is not None
+    spoken = "--" + name.replace("_", "-") if given_on_command_line else PREFIX + name.upper()
+    shown = "" if "token" in name else f" (got {fault['input']!r})"
+    return f"{spoken}: {fault['msg'].removeprefix('Value error, ')}{shown}"
