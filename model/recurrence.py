@@ -41,7 +41,8 @@ def recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> Tensor:
     if _exporting():
         return _symbol(RECURRENCE, (z, u, h, mask[..., None]), z)
     _check(z, u, h, mask)
-    return _recur(z, u, h, mask)
+    y: Tensor = _recur(z, u, h, mask)
+    return y
 
 
 def hold(x: Tensor, valid: Tensor, h: Tensor) -> Tensor:
@@ -50,7 +51,8 @@ def hold(x: Tensor, valid: Tensor, h: Tensor) -> Tensor:
         return _symbol(HOLD, (x, valid, h), x)
     steps = torch.arange(1, len(x) + 1, device=x.device)[:, None, None]
     latest = torch.where(valid, steps, 0).cummax(0).values if len(x) else steps.expand_as(x)
-    return torch.cat([h[None], x]).gather(0, latest)
+    held: Tensor = torch.cat([h[None], x]).gather(0, latest)
+    return held
 
 
 def _exporting() -> bool:

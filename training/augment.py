@@ -24,7 +24,7 @@ class Augment:
         if c.speed > 1:
             clip = resample(clip, float(np.exp(rng.uniform(-1, 1) * np.log(c.speed))))
         clip = clip.copy()
-        if self.layout:
+        if self.layout is not None:
             self._move_body(clip, rng)
         elif c.rotate and clip.shape[1:] == (2,):
             clip = _turned(clip, [np.radians(rng.uniform(-c.rotate, c.rotate))], [(0, 1)])
@@ -67,7 +67,8 @@ def resample(clip: Frames, speed: float) -> Frames:
     below = np.floor(place).astype(int)
     above = np.minimum(below + 1, len(clip) - 1)
     share = (place - below).reshape(-1, *[1] * (clip.ndim - 1)).astype(np.float32)
-    return (clip[below] * (1 - share) + clip[above] * share).astype(np.float32)
+    between: Frames = clip[below] * (1 - share) + clip[above] * share
+    return between.astype(np.float32, copy=False)
 
 
 def _turned(vectors: npt.NDArray[np.floating], angles: list[float], planes: list[tuple[int, int]]) -> Frames:
@@ -78,7 +79,8 @@ def _turned(vectors: npt.NDArray[np.floating], angles: list[float], planes: list
         turn[i, i] = turn[j, j] = np.cos(angle)
         turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
         matrix = turn @ matrix
-    return (vectors @ matrix.T.astype(np.float32)).astype(np.float32)
+    turned: Frames = (vectors @ matrix.T.astype(np.float32)).astype(np.float32)
+    return turned
 
 
 def _mirrored(layout: str) -> npt.NDArray[np.int64]:

@@ -32,18 +32,28 @@ def collate(clips: list[Frames], labels: list[int]) -> Batch:
 
 
 def training_batches(clips: ClipSet, size: int, augment: Augment, max_frames: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """One epoch: every clip once, in random order, changed at random. Equal generators give equal batches.
+    """One epoch: every clip once, long ones once per `max_frames`, in random order, changed at random. Equal generators give equal batches.
 
     Clips of similar length share a batch, as padding costs as much as frames: the order is shuffled, then sorted in runs of eight batches.
     """
-    order = rng.permutation(len(clips))
+    order = rng.permutation(np.repeat(np.arange(len(clips)), _visits(clips, max_frames)))
     runs = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
-    lengths = np.array([len(clip) for clip in clips.frames])
+    lengths = np.minimum([len(clip) for clip in clips.frames], max_frames)
     batches = [run[np.argsort(lengths[run], kind="stable")][i : i + size] for run in runs for i in range(0, len(run), size)]
     for index in rng.permutation(len(batches)):
         chosen = batches[index]
         changed = [_cut(augment(clips.frames[i], rng), max_frames, rng) for i in chosen]
         yield collate(changed, clips.labels[chosen].tolist())
+
+
+def epoch_batches(clips: ClipSet, size: int, max_frames: int) -> int:
+    """How many batches `training_batches` yields."""
+    return -(-int(_visits(clips, max_frames).sum()) // size)
+
+
+def _visits(clips: ClipSet, max_frames: int) -> np.ndarray:
+    """How often an epoch draws from each clip."""
+    return np.array([max(1, round(len(clip) / max_frames)) for clip in clips.frames])
 
 
 def evaluation_batches(clips: ClipSet, size: int = 64) -> Iterator[tuple[Batch, np.ndarray]]:

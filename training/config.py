@@ -23,6 +23,7 @@ class DataConfig:
     reader: str  # a module in training/datasets: "ui_prmd", "finger_points", "nw_ucla", "uea", "clip_folder"
     path: str = ""  # of the data; usually given with --set data.path=...
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the reader, e.g. layout
+    evaluation_options: dict[str, Any] = field(default_factory=dict)  # on top of options, for validation and test clips: e.g. windows
     test: dict[str, list[str]] = field(default_factory=lambda: {"split": ["test"]})  # group -> values; the rest is training data
     validation: dict[str, list[str]] = field(default_factory=dict)  # held out of the training data, to choose on
 
@@ -55,7 +56,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     early: float = 0.5  # weight of a clip's first step in the loss, rising to 1 at its last: 0 forgives early doubt, 1 does not
     ema: float = 0.0  # decay of the running mean of the weights that is evaluated and exported; 0: the weights themselves
-    max_frames: int = 64  # longer training clips are cut to a random stretch of consecutive frames
+    max_frames: int = 64  # of longer training clips random stretches of consecutive frames are drawn, as many as make up their length
     threads: int = 0  # of torch; 0: all cores
 
 

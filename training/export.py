@@ -1,4 +1,4 @@
-"""A trained network becomes one self-explaining `model.onnx`, proved before it gets its name.
+"""A trained network becomes an ONNX graph.
 
 The recurrence of every layer is one `indrnn::Recurrence` node. Its meaning is an ONNX local function whose body is a `Scan`, so
 the file is standard ONNX, any batch and time fit, and the body can be exchanged per device without touching the weights.
@@ -7,12 +7,8 @@ the file is standard ONNX, any batch and time fit, and the body can be exchanged
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
-import os
-import tempfile
 import warnings
-from pathlib import Path
 
 import onnx
 import torch
@@ -20,7 +16,8 @@ from onnx import ModelProto, TensorProto, helper
 from torch import Tensor, nn
 
 from model.backbones import Plain
-from model.contract import CONTRACT_VERSION, FRAMES, INPUTS, MANIFEST_KEY, OUTPUTS, STATE, Manifest
+from model.contract import INPUTS, OUTPUTS
+from model.indrnn import IndRNN
 from model.layers import SequenceNorm
 from model.network import Network
 from model.recurrence import HOLD, ONNX_DOMAIN, RECURRENCE
@@ -71,7 +68,8 @@ def fold(network: Network) -> Network:
     network = copy.deepcopy(network).eval()
     if not isinstance(network.backbone, Plain):
         return network
-    linears = [cell.linear for cell in network.backbone.cells] + [network.head]
+    cells = [cell for cell in network.backbone.cells if isinstance(cell, IndRNN)]
+    linears = [*(cell.linear for cell in cells), network.head]
     for i, (before, after) in enumerate(zip(network.backbone.before, network.backbone.after, strict=True)):
         if isinstance(before, SequenceNorm):
             _scale_outputs(linears[i], *before.affine())
@@ -92,66 +90,6 @@ def _scale_outputs(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
 def _scale_inputs(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
     linear.bias.add_(linear.weight @ shift)
     linear.weight.mul_(scale[None, :])
-
-
-def fingerprint(model: ModelProto) -> str:
-    """SHA-256 over what decides the numbers: contract version, interface, nodes, functions, weights; names of values and metadata left out.
-
-    Two files with the same fingerprint continue each other's streams.
-    """
-    renamed: dict[str, str] = {}
-
-    def canonical(names: object) -> list[str]:
-        return [renamed.setdefault(name, str(len(renamed))) if name else "" for name in names]  # type: ignore[attr-defined]
-
-    digest = hashlib.sha256(f"contract {CONTRACT_VERSION}".encode())
-    graph = model.graph
-    for value in (*graph.input, *graph.output):
-        digest.update(f"{value.name} {[d.dim_value for d in value.type.tensor_type.shape.dim]}".encode())
-    canonical([value.name for value in graph.input])
-    for weight in graph.initializer:
-        digest.update(f"{canonical([weight.name])} {weight.data_type} {list(weight.dims)}".encode())
-        digest.update(onnx.numpy_helper.to_array(weight).tobytes())
-    for node in graph.node:
-        attributes = sorted((a.name, a.SerializeToString(deterministic=True)) for a in node.attribute)
-        digest.update(f"{node.domain} {node.op_type} {canonical(node.input)} {canonical(node.output)} {attributes}".encode())
-    for function in sorted(model.functions, key=lambda f: f.name):
-        digest.update(function.SerializeToString(deterministic=True))
-    return digest.hexdigest()
-
-
-def state_width(model: ModelProto) -> int:
-    """Width of the state row that the graph takes."""
-    state = next(value for value in model.graph.input if value.name == STATE)
-    return int(state.type.tensor_type.shape.dim[1].dim_value)
-
-
-def frame_shape(model: ModelProto) -> tuple[int, ...]:
-    frames = next(value for value in model.graph.input if value.name == FRAMES)
-    return tuple(int(d.dim_value) for d in frames.type.tensor_type.shape.dim[2:])
-
-
-def with_manifest(model: ModelProto, manifest: Manifest) -> ModelProto:
-    """A copy that carries the manifest in its metadata."""
-    explained = ModelProto()
-    explained.CopyFrom(model)
-    helper.set_model_props(explained, {MANIFEST_KEY: manifest.to_json()})
-    explained.producer_name, explained.producer_version = "indrnn-service", manifest.made_by.rpartition(" ")[2]
-    return explained
-
-
-def write_atomically(model: ModelProto, path: Path) -> None:
-    """Writes beside `path` first, so that a reader never sees half a file and a failure leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".onnx.part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _recurrence() -> onnx.FunctionProto:

@@ -42,7 +42,8 @@ class ClipSet:
             if clip.dtype != np.float32 or len(clip) < 1 or clip.shape[1:] != shape:
                 raise DataError(f"{self.source.name}: clip {i} is {clip.dtype} {clip.shape}, expected float32 (T >= 1, {', '.join(map(str, shape))})")
         if self.labels.shape != (len(self),) or self.labels.min() < 0 or self.labels.max() >= len(self.classes):
-            raise DataError(f"{self.source.name}: {self.labels.shape} labels from {self.labels.min()} to {self.labels.max()}, expected {len(self)} in 0..{len(self.classes) - 1}")
+            found = f"{self.labels.shape} labels from {self.labels.min()} to {self.labels.max()}"
+            raise DataError(f"{self.source.name}: {found}, expected {len(self)} in 0..{len(self.classes) - 1}")
         for name, column in self.groups.items():
             if len(column) != len(self):
                 raise DataError(f"{self.source.name}: group {name!r} has {len(column)} values for {len(self)} clips")
@@ -62,7 +63,12 @@ class ClipSet:
     def take(self, indices: Iterable[int] | npt.NDArray[np.integer]) -> ClipSet:
         """The clips at these indices, in this order; raises `DataError` when there are none."""
         chosen = np.fromiter(indices, np.int64)
-        return replace(self, frames=tuple(self.frames[i] for i in chosen), labels=self.labels[chosen], groups={name: column[chosen] for name, column in self.groups.items()})
+        return replace(
+            self,
+            frames=tuple(self.frames[i] for i in chosen),
+            labels=self.labels[chosen],
+            groups={name: column[chosen] for name, column in self.groups.items()},
+        )
 
     def where(self, group: str, values: Iterable[str]) -> ClipSet:
         """The clips whose value in `group` is one of `values`; raises `DataError` naming what there is when none match."""

@@ -1,0 +1,98 @@
+"""A checkpoint: everything needed to go on, or to export, in one file that is never half written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.contract import DataSource
+from model.network import Network
+from training.config import Config, from_dict
+from training.datasets.clips import ClipSet
+
+LAST, BEST = "last.pt", "best.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another configuration."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the network is about: the facts of its data that the manifest will need."""
+
+    classes: tuple[str, ...]
+    frame_shape: tuple[int, ...]
+    layout: str | None
+    fps: float
+    units: str
+    source: DataSource
+
+    @classmethod
+    def of(cls, clips: ClipSet) -> Subject:
+        return cls(clips.classes, clips.frame_shape, clips.layout, clips.fps, clips.units, clips.source)
+
+
+@dataclass
+class Checkpoint:
+    """State after `epoch` whole epochs. `weights` are those to evaluate (the running mean where there is one)."""
+
+    config: Config
+    subject: Subject
+    epoch: int
+    weights: dict[str, torch.Tensor]
+    training_weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    best: float  # best validation accuracy so far, -1 before the first
+
+    def network(self) -> Network:
+        """The network with the weights to evaluate, in evaluation mode."""
+        network = build(self.config, self.subject)
+        network.load_state_dict(self.weights)
+        return network.eval()
+
+
+def build(config: Config, subject: Subject) -> Network:
+    """A network with fresh weights for this configuration and data."""
+    return Network(config.model, subject.frame_shape, len(subject.classes), subject.layout)
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Writes beside `path`, then renames: whoever looks finds the old file or the new one."""
+    value = {
+        "format": 1,
+        "config": checkpoint.config.to_dict(),
+        "subject": asdict(checkpoint.subject),
+        **{name: getattr(checkpoint, name) for name in ("epoch", "weights", "training_weights", "optimizer", "best")},
+    }
+    temporary = path.with_suffix(".part")
+    with temporary.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint, tensors and plain values only; raises `CheckpointError` naming the file."""
+    try:
+        value = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; train first") from None
+    except Exception as error:  # torch.load raises whatever its zip reader and unpickler raise
+        raise CheckpointError(f"{path}: not a checkpoint of this project, or damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict) or value.pop("format", None) != 1:
+        raise CheckpointError(f"{path}: not a checkpoint of this project")
+    subject = value["subject"] | {"source": DataSource(**value["subject"]["source"])}
+    return Checkpoint(**value | {"config": from_dict(_lists(value["config"])), "subject": Subject(**subject)})
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists, all the way down: what TOML would have given."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

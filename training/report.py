@@ -1,0 +1,63 @@
+"""What a run leaves for people: curves and confusion matrix as pictures, a table of recall per class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from rich.table import Table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from training.evaluate import Evaluation
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Loss and accuracy over epochs, from a run's metrics.jsonl."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, name in ((left, "loss"), (right, "accuracy")):
+        for key, label in ((name, "training"), (f"validation_{name}", "validation")):
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label)
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def draw_confusion(result: Evaluation, classes: tuple[str, ...], picture: Path) -> None:
+    """The confusion matrix, rows true, columns predicted, each row in percent of its class."""
+    counts = result.confusion
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = max(5.0, 0.55 * len(classes) + 2.5)
+    figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axis.set(xlabel="predicted", ylabel="true", title=f"accuracy {100 * result.accuracy:.1f} %, {len(result.labels)} clips")
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axis.set_yticks(range(len(classes)), classes)
+    for i, j in np.argwhere(counts):
+        axis.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color="white" if share[i, j] > 55 else "black", fontsize=8)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def recall_table(result: Evaluation, classes: tuple[str, ...], title: str) -> Table:
+    """Clips and share recognised, class by class, and what each is most often taken for."""
+    table = Table(title=title)
+    for column in ("class", "clips", "right %", "most often taken for"):
+        table.add_column(column, justify="left" if column in ("class", "most often taken for") else "right")
+    counts = result.confusion
+    for i, name in enumerate(classes):
+        wrong = counts[i].copy()
+        wrong[i] = 0
+        mistaken = f"{classes[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
+        table.add_row(name, str(counts[i].sum()), f"{100 * counts[i, i] / max(1, counts[i].sum()):.1f}", mistaken)
+    table.add_section()
+    table.add_row("all", str(counts.sum()), f"{100 * result.accuracy:.1f}", "")
+    return table

@@ -1,0 +1,96 @@
+"""Which clips are for what: reads the data a configuration names and divides it, training subjects never among test ones."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.config import Config, ConfigError
+from training.datasets.clips import ClipSet, DataError
+
+READERS = ("clip_folder", "finger_points", "nw_ucla", "uea", "ui_prmd")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """`validation` is what choices are made on; None where the run is final and trains on it too. `test` may be absent."""
+
+    training: ClipSet
+    validation: ClipSet | None
+    test: ClipSet | None
+
+    def named(self, name: str) -> ClipSet:
+        """ "training", "validation" or "test"; raises `DataError` when this run has no such part."""
+        clips: ClipSet | None = getattr(self, name)
+        if clips is None:
+            raise DataError(f"this run has no {name} split")
+        return clips
+
+
+def load(config: Config) -> Splits:
+    """Reads the data and divides it; raises `ConfigError` and `DataError` as `read` and `split` do."""
+    splits = split(config, read(config, config.data.options))
+    if not config.data.evaluation_options:
+        return splits
+    evaluation = split(config, read(config, config.data.options | config.data.evaluation_options))
+    return Splits(splits.training, evaluation.validation, evaluation.test)
+
+
+def read(config: Config, options: dict[str, Any]) -> ClipSet:
+    """All clips of the configuration's data set; raises `ConfigError` for a wrong reader or option, `DataError` for faulty data."""
+    data = config.data
+    if data.reader not in READERS:
+        raise ConfigError(f"data.reader {data.reader!r} is unknown; there are: {', '.join(READERS)}")
+    if not data.path:
+        raise ConfigError(f"data.path is not set: say where the data of {data.reader} lies, with --data PATH or --set data.path=PATH")
+    load_clips = importlib.import_module(f"training.datasets.{data.reader}").load
+    known = [name for name in inspect.signature(load_clips).parameters if name != "path"]
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError(f"data.options.{unknown[0]} is unknown to {data.reader}; there are: {', '.join(known) or 'none'}")
+    clips: ClipSet = load_clips(Path(data.path), **options)
+    return clips
+
+
+def split(config: Config, clips: ClipSet) -> Splits:
+    """Divides clips by the groups that the configuration names; raises `DataError` when a part would be empty."""
+    is_test = _matches(clips, config.data.test)
+    test = clips.take(np.flatnonzero(is_test)) if is_test.any() else None
+    if is_test.all():
+        raise DataError(f"{clips.source.name}: every clip is a test clip ({config.data.test}); nothing is left to train on")
+    rest = clips.take(np.flatnonzero(~is_test))
+    held_out = _matches(rest, config.data.validation)
+    if config.final or not config.data.validation:
+        return Splits(rest, None, test)
+    if not held_out.any() or held_out.all():
+        raise DataError(f"{clips.source.name}: data.validation {config.data.validation} holds out {held_out.sum()} of {len(rest)} training clips")
+    training = rest.take(np.flatnonzero(~held_out))
+    if absent := sorted(set(range(len(clips.classes))) - set(training.labels.tolist())):
+        raise DataError(f"{clips.source.name}: no training clip is left of class {clips.classes[absent[0]]!r}")
+    return Splits(training, rest.take(np.flatnonzero(held_out)), test)
+
+
+def describe(config: Config) -> str:
+    """Which part of the data chose, in a sentence."""
+    held_out = " and ".join(f"{group} {', '.join(values)}" for group, values in config.data.validation.items())
+    if not held_out:
+        return "nothing was chosen on data: no validation part is named"
+    if config.final:
+        return f"configuration chosen on {held_out} of the training data; this run trained on all training data, for a fixed number of epochs"
+    return f"epoch and configuration chosen on {held_out} of the training data, held out"
+
+
+def _matches(clips: ClipSet, wanted: dict[str, list[str]]) -> np.ndarray:
+    """Which clips have one of the values wanted in every group named; none where no group is named."""
+    chosen = np.full(len(clips), bool(wanted))
+    for group, values in wanted.items():
+        if group not in clips.groups:
+            raise DataError(f"{clips.source.name}: no group {group!r}; there are: {', '.join(clips.groups) or 'none'}")
+        if strange := sorted(set(values) - set(clips.groups[group].tolist())):
+            raise DataError(f"{clips.source.name}: no clip has {group} {strange[0]!r}; there are: {', '.join(sorted(set(clips.groups[group].tolist())))}")
+        chosen &= np.isin(clips.groups[group], values)
+    return chosen
