@@ -47,6 +47,24 @@ def serve(
         sys.exit(130)
 
 
+@app.command()
+def stream(
+    file: Annotated[str, typer.Argument(help="Recording (.npy, .npz, .json, .csv), or the name of a shipped sample.")],
+    model: Annotated[str, typer.Option(help="Served name of the model.")],
+    url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000",
+    fps: Annotated[float | None, typer.Option(min=0.001, help="Frames a second of the recording (default: as its file says, else the model's).")] = None,
+    speed: Annotated[float, typer.Option(min=0.001, help="2 plays twice as fast.")] = 1.0,
+    chunk: Annotated[int, typer.Option(min=1, help="Frames per message.")] = 1,
+    token: Annotated[str | None, typer.Option(envvar="INDRNN_TOKEN", help="Bearer token, where the service asks for one.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Joint layout of the recording (default: as its file says, else the model's).")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Start again at the end, until Ctrl-C.")] = False,
+) -> None:
+    """Plays a recording into a running service and shows its answers live."""
+    from service.player import Options, run
+
+    sys.exit(run(Options(file, model, url, fps, speed, chunk, token, layout, loop)))
+
+
 def _serve(given: dict[str, Any]) -> None:
     from service.logs import configure_logs
     from service.settings import load_settings

@@ -122,7 +122,8 @@ def _load(name: str, folder: Path, device: DeviceChoice, threads: int | None) ->
     except EngineError as error:
         log.error("model not served", model=name, version=version, file=str(path), reason=str(error))
         return Failure(name, version, str(error))
-    log.info("model loaded", model=name, version=version, **engine.device.to_dict())
+    device_facts = engine.device.to_dict()
+    log.info("model loaded", model=name, version=version, device=device_facts.pop("name"), **device_facts)
     return Entry(name, version, engine)
 
 

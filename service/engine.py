@@ -42,7 +42,7 @@ class Device:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"device": self.name, "provider": self.provider, "threads": self.threads, "reason": self.reason}
+        return {"name": self.name, "provider": self.provider, "threads": self.threads, "reason": self.reason}
 
 
 class Engine:

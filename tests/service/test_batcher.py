@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.batcher import MOST_STEPS, WASTE, Batcher, Job, form_batch
+from service.errors import Deadline, Draining, Overloaded
+
+
+@dataclass
+class Toy:
+    """Work that counts its frames down."""
+
+    stream: int
+    frames: int
+    ran: list[int] = field(default_factory=list)
+
+
+class Watch:
+    def waited(self, seconds: float) -> None: ...
+    def ran(self, rows: int, seconds: float) -> None: ...
+
+
+def advance(works: Sequence[Toy], steps: int) -> list[Exception | None]:
+    for work in works:
+        count = min(steps, work.frames)
+        work.frames -= count
+        work.ran.append(count)
+    return [None] * len(works)
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+def with_batcher(scenario: Callable[[Batcher], Any], step: Any = advance, most_waiting: int = 100) -> Any:
+    async def run() -> Any:
+        batcher = Batcher("toy", step, Watch(), most_rows=8, most_waiting=most_waiting)
+        batcher.start()
+        try:
+            return await scenario(batcher)
+        finally:
+            await batcher.stop()
+            assert batcher.waiting == 0
+
+    return asyncio.run(run())
+
+
+def nothing() -> None:
+    pass
+
+
+class Gate:
+    """A step that waits to be let through, so that tests say what happens meanwhile."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, works: Sequence[Toy], steps: int) -> list[Exception | None]:
+        self.batches.append([work.stream for work in works])
+        self.entered.set()
+        assert self.open.wait(30)
+        return advance(works, steps)
+
+
+def test_what_is_ready_forms_the_next_batch() -> None:
+    gate = Gate()
+
+    async def scenario(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.run(Toy(1, 1), soon(), nothing))
+        await asyncio.to_thread(gate.entered.wait, 30)
+        others = [asyncio.create_task(batcher.run(Toy(stream, 1), soon(), nothing)) for stream in (2, 3, 3, 0, 0, 4)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(first, *others)
+
+    with_batcher(scenario, gate)
+    assert gate.batches == [[1], [2, 3, 0, 0, 4], [3]]  # a stream never twice in a batch
+
+
+def test_a_failing_work_fails_alone_and_a_failing_batch_fails_its_own() -> None:
+    def step(works: Sequence[Toy], steps: int) -> list[Exception | None]:
+        if any(work.stream == 13 for work in works):
+            raise RuntimeError("the whole batch")
+        advance(works, steps)
+        return [ValueError("this one") if work.stream == 7 else None for work in works]
+
+    async def scenario(batcher: Batcher) -> list[Any]:
+        results = await asyncio.gather(*(batcher.run(Toy(stream, 1), soon(), nothing) for stream in (6, 7, 8)), return_exceptions=True)
+        for stream in (13, 14):
+            results.append(*await asyncio.gather(batcher.run(Toy(stream, 1), soon(), nothing), return_exceptions=True))
+        return results
+
+    results = with_batcher(scenario, step)
+    assert [type(result) for result in results] == [type(None), ValueError, type(None), RuntimeError, type(None)]
+
+
+def test_a_result_too_few_is_an_error_not_a_shift() -> None:
+    async def scenario(batcher: Batcher) -> None:
+        with pytest.raises(ValueError):
+            await batcher.run(Toy(1, 1), soon(), nothing)
+
+    with_batcher(scenario, lambda works, steps: [])
+
+
+def test_the_queue_is_bounded() -> None:
+    gate = Gate()
+
+    async def scenario(batcher: Batcher) -> None:
+        waiting = [asyncio.create_task(batcher.run(Toy(stream, 1), soon(), nothing)) for stream in (1, 2)]
+        await asyncio.to_thread(gate.entered.wait, 30)
+        with pytest.raises(Overloaded) as caught:
+            await batcher.run(Toy(3, 1), soon(), nothing)
+        assert caught.value.facts["retry_after"] == 1
+        gate.open.set()
+        await asyncio.gather(*waiting)
+
+    with_batcher(scenario, gate, most_waiting=2)
+
+
+def test_a_deadline_passes() -> None:
+    gate = Gate()
+
+    async def scenario(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.run(Toy(1, 1), soon(), nothing))
+        await asyncio.to_thread(gate.entered.wait, 30)
+        late = asyncio.create_task(batcher.run(Toy(2, 1), time.monotonic() - 0.001, nothing))
+        await asyncio.sleep(0)
+        gate.open.set()
+        await first
+        with pytest.raises(Deadline):
+            await late
+
+    with_batcher(scenario, gate)
+    assert gate.batches == [[1]]
+
+
+def test_a_caller_that_leaves_before_its_turn_costs_nothing() -> None:
+    gate = Gate()
+    settled: list[int] = []
+
+    async def scenario(batcher: Batcher) -> None:
+        first = asyncio.create_task(batcher.run(Toy(1, 1), soon(), lambda: settled.append(1)))
+        await asyncio.to_thread(gate.entered.wait, 30)
+        left = asyncio.create_task(batcher.run(Toy(2, 1), soon(), lambda: settled.append(2)))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.sleep(0)
+        gate.open.set()
+        await first
+        with pytest.raises(asyncio.CancelledError):
+            await left
+
+    with_batcher(scenario, gate)
+    assert gate.batches == [[1]]
+    assert settled == [1]
+
+
+def test_a_caller_that_leaves_meanwhile_is_held_until_its_work_has_taken_effect() -> None:
+    gate = Gate()
+    settled: list[int] = []
+
+    async def scenario(batcher: Batcher) -> None:
+        task = asyncio.create_task(batcher.run(Toy(1, 1), soon(), lambda: settled.append(1)))
+        await asyncio.to_thread(gate.entered.wait, 30)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        gate.open.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert settled == [1]
+
+    with_batcher(scenario, gate)
+
+
+def test_stopping_turns_waiting_work_away() -> None:
+    gate = Gate()
+
+    async def scenario(batcher: Batcher) -> None:
+        tasks = [asyncio.create_task(batcher.run(Toy(stream, 1), soon(), nothing)) for stream in (1, 1)]
+        await asyncio.to_thread(gate.entered.wait, 30)
+        stopping = asyncio.create_task(batcher.stop())
+        await asyncio.sleep(0)
+        gate.open.set()
+        await stopping
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), Draining]
+        with pytest.raises(Draining):
+            await batcher.run(Toy(3, 1), soon(), nothing)
+
+    async def run() -> None:
+        batcher = Batcher("toy", gate, Watch(), most_rows=8, most_waiting=10)
+        batcher.start()
+        await scenario(batcher)
+
+    asyncio.run(run())
+
+
+def line_of(*pairs: tuple[int, int]) -> deque[Job]:
+    return deque(Job(Toy(stream, frames), 0.0, None) for stream, frames in pairs)  # type: ignore[arg-type]
+
+
+def test_a_long_chunk_does_not_hold_up_short_ones() -> None:
+    batch, steps = form_batch(line_of((1, 1), (2, 1000), (3, 1)), 8)
+    assert steps == 1
+    assert [job.work.stream for job in batch] == [1, 2, 3]
+    line = line_of((1, 1000), (2, 1), (3, 1000))
+    batch, steps = form_batch(line, 8)
+    assert steps == MOST_STEPS
+    assert [job.work.stream for job in batch] == [1, 3]
+    assert [job.work.stream for job in line] == [2]  # it leads the next one
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 100)), min_size=1, max_size=40), st.integers(1, 16))
+def test_batches_are_full_of_real_frames_and_everything_runs(pairs: list[tuple[int, int]], most_rows: int) -> None:
+    line = line_of(*pairs)
+    everything = list(line)
+    runs = 0
+    while line:
+        oldest = line[0]
+        batch, steps = form_batch(line, most_rows)
+        assert batch[0] is oldest
+        assert len(batch) <= most_rows
+        streams = [job.work.stream for job in batch if job.work.stream]
+        assert len(streams) == len(set(streams))
+        real = sum(min(job.work.frames, steps) for job in batch)
+        assert len(batch) * steps < WASTE * real
+        advance([job.work for job in batch], steps)
+        line.extend(job for job in batch if job.work.frames)
+        runs += 1
+    assert all(sum(job.work.ran) == frames for job, (_, frames) in zip(everything, pairs, strict=True))
+    assert runs <= sum(frames for _, frames in pairs)
