@@ -165,7 +165,7 @@ class Manifest:
         """Parses and validates; raises `ManifestError` naming the field that is missing, unknown or of the wrong type."""
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(f"manifest: not JSON: {error}") from None
         manifest: Manifest = decode(value, cls, "manifest")
         return manifest
@@ -198,7 +198,10 @@ def decode(value: Any, kind: Any, where: str) -> Any:
             raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
         return {str(key): decode(item, args[1], f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ManifestError(f"{where}: {value!r:.20}... is beyond any float") from None
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ManifestError(f"{where}: expected {kind.__name__}, got {value!r:.80}")
     return value

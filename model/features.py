@@ -65,8 +65,9 @@ class ChannelFeatures(nn.Module):
 class SkeletonFeatures(nn.Module):
     """For frames of joints (J, 3): positions about the body's root, motion of each joint, and which joints are missing.
 
-    The root is the mean of `root` joints. With `view="body"` the body is turned about the vertical axis so that the line from
-    the `right` to the `left` joints always points the same way, which makes the features the same from every camera.
+    The root is the mean of `root` joints; of all joints seen, while none of those has been. With `view="body"` the body is turned about
+    the vertical axis so that the line from the `right` to the `left` joints, which come in pairs, always points the same way. That makes
+    the features the same from every camera.
     """
 
     root: Tensor
@@ -89,12 +90,11 @@ class SkeletonFeatures(nn.Module):
         """frames (T, B, J, 3)."""
         now, before, valid, next_state = self.last_seen(frames, lengths, state)
         seen = now[..., 3:]
-        centre = self._centre(now, self.root)
-        position = (now[..., :3] - centre) * seen
+        position = (now[..., :3] - self._centre(now)) * seen
         motion = (now[..., :3] - before[..., :3]) * before[..., 3:]
         parts = []
         if self.view == "body":
-            heading = self._heading(now)
+            heading, _ = self._heading(now)
             position, motion = _turn(position, heading), _turn(motion, heading)
         if self.positions:
             parts.append(position.flatten(2))
@@ -106,27 +106,35 @@ class SkeletonFeatures(nn.Module):
             parts.append(1.0 - valid[..., 0].to(now.dtype))
         return self.standardise(torch.cat(parts, -1)), next_state
 
-    @staticmethod
-    def _centre(marked: Tensor, joints: Tensor) -> Tensor:
-        """Mean of those of the joints that were seen: (T, B, 1, 3)."""
-        chosen = marked.index_select(2, joints)
-        return (chosen[..., :3] * chosen[..., 3:]).sum(2, keepdim=True) / chosen[..., 3:].sum(2, keepdim=True).clamp(min=1.0)
+    def _centre(self, marked: Tensor) -> Tensor:
+        """Mean of those root joints that were seen, or of all joints that were: (T, B, 1, 3)."""
+        root = marked.index_select(2, self.root)
+        return torch.where(root[..., 3:].amax(2, keepdim=True) > 0, _mean(root), _mean(marked))
 
-    def _heading(self, marked: Tensor) -> Tensor:
-        """Cosine and sine of the body's direction about the vertical axis, (T, B, 1, 2); straight ahead where it has none."""
-        across = self._centre(marked, self.left) - self._centre(marked, self.right)
+    def _heading(self, marked: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the body's direction about the vertical axis, (T, B, 1, 2), and whether it has one, (T, B, 1).
+
+        Only pairs of which both sides were seen count; straight ahead where there is none.
+        """
+        left, right = marked.index_select(2, self.left), marked.index_select(2, self.right)
+        across = _mean(torch.cat([left[..., :3] - right[..., :3], left[..., 3:] * right[..., 3:]], -1))
         x, z = -across[..., 0], -across[..., 2]  # a person facing the sensor has the left at smaller x
-        length = torch.sqrt(x * x + z * z)
-        clear = length > 1e-3
-        divisor = torch.where(clear, length, 1.0)
-        return torch.stack([torch.where(clear, x / divisor, 1.0), torch.where(clear, z / divisor, 0.0)], -1)
+        square = x * x + z * z
+        clear = square > 1e-6
+        length = torch.sqrt(torch.where(clear, square, 1.0))  # the root of zero has no gradient
+        return torch.stack([torch.where(clear, x / length, 1.0), torch.where(clear, z / length, 0.0)], -1), clear
 
     def _turning(self, now: Tensor, before: Tensor) -> Tensor:
         """Cosine less one and sine of the change of heading since the previous frame, (T, B, 2); zero at the start."""
-        a, b = self._heading(now)[:, :, 0], self._heading(before)[:, :, 0]
-        started = before[:, :, :, 3].amax(2)[..., None]
+        (a, clear), (b, was_clear) = self._heading(now), self._heading(before)
+        a, b = a[:, :, 0], b[:, :, 0]
         cosine, sine = (a * b).sum(-1) - 1.0, b[..., 0] * a[..., 1] - b[..., 1] * a[..., 0]
-        return torch.stack([cosine, sine], -1) * started
+        return torch.stack([cosine, sine], -1) * (clear & was_clear).to(a.dtype)
+
+
+def _mean(marked: Tensor) -> Tensor:
+    """Mean over those points of (T, B, P, 4) whose mark is 1, (T, B, 1, 3); zero where there is none."""
+    return (marked[..., :3] * marked[..., 3:]).sum(2, keepdim=True) / marked[..., 3:].sum(2, keepdim=True).clamp(min=1.0)
 
 
 def _turn(vectors: Tensor, heading: Tensor) -> Tensor:

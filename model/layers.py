@@ -39,7 +39,8 @@ class SequenceNorm(nn.Module):
     def _statistics(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         real = mask.to(x.dtype)[..., None]
         count = real.sum().clamp(min=1.0)
-        mean = (x * real).sum((0, 1)) / count
+        x = torch.where(mask[..., None], x, 0.0)  # a product would let NaN and infinities of masked steps through
+        mean = x.sum((0, 1)) / count
         var = ((x - mean).square() * real).sum((0, 1)) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)

@@ -66,6 +66,8 @@ def _features(config: ModelConfig, frame_shape: tuple[int, ...], layout: str | N
             raise ValueError(f"frames of shape {frame_shape} without a layout: expected (channels,); name the skeleton's layout")
         return ChannelFeatures(frame_shape[0], positions=config.positions, motion=config.motion, missing=config.missing)
     names = skeletons.layout(layout)
+    if names.dimensions != 3:
+        raise ValueError(f"layout {layout} has {names.dimensions} coordinates a joint; skeleton features need three")
     if frame_shape != (len(names.joints), 3):
         raise ValueError(f"layout {layout} has frames of shape ({len(names.joints)}, 3), got {frame_shape}")
     sides = [tuple(names.index(f"{side}_{joint}") for joint in ("hip", "shoulder")) for side in ("left", "right")]

@@ -45,7 +45,8 @@ class Augment:
             clip[..., 0] *= -1
         if c.rotate or c.tilt:
             turns = [np.radians(rng.uniform(-limit, limit)) for limit in (c.rotate, c.tilt, c.tilt)]
-            centre = np.nanmean(clip.reshape(-1, 3), axis=0)
+            points = clip[~np.isnan(clip).any(-1)]
+            centre = points.mean(0) if len(points) else np.zeros(3, np.float32)
             clip[:] = _turned(clip - centre, turns, [(0, 2), (1, 2), (0, 1)]) + centre
 
     @staticmethod
@@ -87,5 +88,5 @@ def _mirrored(layout: str) -> npt.NDArray[np.int64]:
     """Index of each joint's counterpart on the other side."""
     names = skeletons.layout(layout).joints
     swap = {"left": "right", "right": "left"}
-    others = (name.replace(side, swap[side], 1) if (side := name.split("_")[0]) in swap else name for name in names)
+    others = ("_".join(swap.get(word, word) for word in name.split("_")) for name in names)
     return np.array([names.index(other) for other in others])

@@ -11,7 +11,7 @@ import torch
 
 from model.contract import DataSource
 from model.network import Network
-from training.config import Config, from_dict
+from training.config import Config, ConfigError, from_dict
 from training.datasets.clips import ClipSet
 
 LAST, BEST = "last.pt", "best.pt"
@@ -52,13 +52,19 @@ class Checkpoint:
     def network(self) -> Network:
         """The network with the weights to evaluate, in evaluation mode."""
         network = build(self.config, self.subject)
-        network.load_state_dict(self.weights)
+        try:
+            network.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"the checkpoint's weights do not fit its configuration: {' '.join(str(error).split())}") from None
         return network.eval()
 
 
 def build(config: Config, subject: Subject) -> Network:
-    """A network with fresh weights for this configuration and data."""
-    return Network(config.model, subject.frame_shape, len(subject.classes), subject.layout)
+    """A network with fresh weights for this configuration and data; raises `ConfigError` when they do not go together."""
+    try:
+        return Network(config.model, subject.frame_shape, len(subject.classes), subject.layout)
+    except ValueError as error:
+        raise ConfigError(f"{subject.source.name}: {error}") from None
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -84,11 +90,15 @@ def load(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint; train first") from None
     except Exception as error:  # torch.load raises whatever its zip reader and unpickler raise
-        raise CheckpointError(f"{path}: not a checkpoint of this project, or damaged: {str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: not a checkpoint of this project, or damaged: {type(error).__name__}: {reason:.200}") from None
     if not isinstance(value, dict) or value.pop("format", None) != 1:
         raise CheckpointError(f"{path}: not a checkpoint of this project")
-    subject = value["subject"] | {"source": DataSource(**value["subject"]["source"])}
-    return Checkpoint(**value | {"config": from_dict(_lists(value["config"])), "subject": Subject(**subject)})
+    try:
+        subject = value["subject"] | {"source": DataSource(**value["subject"]["source"])}
+        return Checkpoint(**value | {"config": from_dict(_lists(value["config"])), "subject": Subject(**subject)})
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: a checkpoint of another version of this project: {error}") from None
 
 
 def _lists(value: Any) -> Any:

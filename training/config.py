@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from model.contract import ManifestError, decode
+from model.contract import NAME_PATTERN, ManifestError, decode
 
 
 class ConfigError(ValueError):
@@ -83,13 +84,24 @@ class Config:
 
     def __post_init__(self) -> None:
         t, a = self.train, self.augment
+        for section in (t, a):
+            for name, value in vars(section).items():
+                if not math.isfinite(value) or value < 0:
+                    raise ConfigError(f"{'train' if section is t else 'augment'}.{name} must be a finite number, not negative, got {value}")
         for holds, message in (
+            (NAME_PATTERN.fullmatch(self.name) is not None, f"name {self.name!r} must match {NAME_PATTERN.pattern}: it becomes a folder and part of a URL"),
+            (self.seed >= 0, f"seed must not be negative, got {self.seed}"),
             (t.epochs >= 1 and t.batch >= 1 and t.max_frames >= 1, "train: epochs, batch and max_frames must be at least 1"),
             (t.learning_rate > 0, f"train.learning_rate must be positive, got {t.learning_rate}"),
+            (t.clip_gradient > 0, f"train.clip_gradient must be positive, got {t.clip_gradient}"),
+            (t.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), got {t.label_smoothing}"),
             (0 <= t.ema < 1, f"train.ema must be in [0, 1), got {t.ema}"),
             (0 <= t.warm_up < 1, f"train.warm_up must be in [0, 1), got {t.warm_up}"),
             (0 <= t.early <= 1, f"train.early must be in [0, 1], got {t.early}"),
             (a.speed >= 1, f"augment.speed must be at least 1, got {a.speed}"),
+            (a.scale < 1, f"augment.scale must be in [0, 1), got {a.scale}"),
+            (a.drop_joints <= 1 and a.cut_start <= 1, "augment.drop_joints and augment.cut_start are shares of clips: at most 1"),
+            (self.export.chunk >= 1, f"export.chunk must be at least 1, got {self.export.chunk}"),
             (a.drop_joints == 0 or self.model.missing, "augment.drop_joints makes values missing: set model.missing = true"),
             (self.final or bool(self.data.validation), "data.validation is empty: name what to hold out and choose on, or set final = true"),
         ):

@@ -22,7 +22,7 @@ from model.network import Network
 from training.augment import Augment
 from training.batches import Batch, collate, epoch_batches, training_batches
 from training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, Subject, build, load, save
-from training.config import Config, TrainConfig
+from training.config import Config, ConfigError, TrainConfig
 from training.datasets.clips import ClipSet
 from training.evaluate import evaluate
 
@@ -52,6 +52,8 @@ def train(config: Config, training: ClipSet, validation: ClipSet | None, folder:
     `folder` gets a checkpoint after every epoch and a line of metrics in `metrics.jsonl`. With `resume` it goes on after the last one.
     """
     subject = Subject.of(training)
+    if training.missing and not config.model.missing:
+        raise ConfigError(f"{subject.source.name}: values are missing in training clips: set model.missing = true")
     torch.set_num_threads(config.train.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     network = build(config, subject)
@@ -106,11 +108,11 @@ def train(config: Config, training: ClipSet, validation: ClipSet | None, folder:
             improved, best = result.accuracy >= best, max(best, result.accuracy)
         row["seconds"] = round(time.perf_counter() - started, 3)
         checkpoint = Checkpoint(config, subject, epoch + 1, mean_network.state_dict(), network.state_dict(), optimizer.state_dict(), best)
+        with (folder / METRICS).open("a") as file:  # first, since a resume drops rows that no checkpoint followed, but cannot make up for lost ones
+            file.write(json.dumps(row) + "\n")
         if improved:
             save(checkpoint, folder / BEST)
         save(checkpoint, folder / LAST)
-        with (folder / METRICS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
         watch(Progress(epoch + 1, config.train.epochs, batches_per_epoch, batches_per_epoch, loss_sum / seen, right / seen, row))
     return folder / BEST
 
@@ -119,7 +121,8 @@ def sequence_loss(logits: Tensor, batch: Batch, config: TrainConfig) -> Tensor:
     """Cross-entropy at every real step, weighted from `early` at a clip's first step to 1 at its last; each clip counts the same."""
     steps = logits.shape[1]
     real = step_mask(batch.lengths, steps).T.to(logits.dtype)
-    place = torch.arange(steps)[None, :] / (batch.lengths[:, None] - 1).clamp(min=1)
+    place = torch.arange(steps)[None, :] / (batch.lengths[:, None] - 1)
+    place = torch.where(batch.lengths[:, None] > 1, place, 1.0)  # the only step of a clip is its last
     weight = real * (config.early + (1 - config.early) * place)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
     labels = batch.labels[:, None].expand(-1, steps)
@@ -161,5 +164,12 @@ def _samples(clips: ClipSet, at_most: int = 512) -> list[tuple[Tensor, Tensor]]:
 
 def _drop_rows_after(path: Path, epoch: int) -> None:
     """Rows of an epoch whose checkpoint was not written would be there twice after a resume."""
-    rows = [line for line in path.read_text().splitlines() if json.loads(line)["epoch"] <= epoch]
-    path.write_text("".join(row + "\n" for row in rows))
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.write_text("".join(line + "\n" for line in lines if _epoch(line) <= epoch))
+
+
+def _epoch(line: str) -> float:
+    try:
+        return float(json.loads(line)["epoch"])
+    except ValueError:  # cut short when the run was killed
+        return math.inf

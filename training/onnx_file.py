@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 
-from model.contract import CONTRACT_VERSION, FRAMES, MANIFEST_KEY, STATE, Manifest, ManifestError
+from model.contract import CONTRACT_VERSION, FRAMES, LENGTHS, MANIFEST_KEY, NEXT_STATE, SCORES, STATE, Manifest, ManifestError
 
 
 def fingerprint(model: ModelProto) -> str:
-    """SHA-256 over what decides the numbers: contract version, interface, nodes, functions, weights; names of values and metadata left out.
+    """SHA-256 over what decides the numbers: contract version, operator sets, interface, nodes, functions, weights; names of values and metadata left out.
 
     Two files with the same fingerprint continue each other's streams.
     """
@@ -25,8 +26,9 @@ def fingerprint(model: ModelProto) -> str:
 
     digest = hashlib.sha256(f"contract {CONTRACT_VERSION}".encode())
     graph = model.graph
+    digest.update(f"{sorted((opset.domain, opset.version) for opset in model.opset_import)}".encode())
     for value in (*graph.input, *graph.output):
-        digest.update(f"{value.name} {[d.dim_value for d in value.type.tensor_type.shape.dim]}".encode())
+        digest.update(f"{value.name} {value.type.tensor_type.elem_type} {[d.dim_value for d in value.type.tensor_type.shape.dim]}".encode())
     canonical([value.name for value in graph.input])
     for weight in graph.initializer:
         digest.update(f"{canonical([weight.name])} {weight.data_type} {list(weight.dims)}".encode())
@@ -34,20 +36,37 @@ def fingerprint(model: ModelProto) -> str:
     for node in graph.node:
         attributes = sorted((a.name, a.SerializeToString(deterministic=True)) for a in node.attribute)
         digest.update(f"{node.domain} {node.op_type} {canonical(node.input)} {canonical(node.output)} {attributes}".encode())
+    digest.update(f"{canonical([value.name for value in graph.output])}".encode())
     for function in sorted(model.functions, key=lambda f: f.name):
         digest.update(function.SerializeToString(deterministic=True))
     return digest.hexdigest()
 
 
-def state_width(model: ModelProto) -> int:
-    """Width of the state row that the graph takes."""
-    state = next(value for value in model.graph.input if value.name == STATE)
-    return int(state.type.tensor_type.shape.dim[1].dim_value)
+_FLOATS = ((STATE, 1), (SCORES, 2), (NEXT_STATE, 1))  # name and free axes, in front of one of fixed size
 
 
-def frame_shape(model: ModelProto) -> tuple[int, ...]:
-    frames = next(value for value in model.graph.input if value.name == FRAMES)
-    return tuple(int(d.dim_value) for d in frames.type.tensor_type.shape.dim[2:])
+@dataclass(frozen=True)
+class Interface:
+    """What a graph takes and gives, by the names of the contract."""
+
+    frame_shape: tuple[int, ...]
+    state_width: int
+    classes: int
+
+
+def interface(model: ModelProto) -> Interface:
+    """Raises `ManifestError` naming the tensor that is missing, of another type or of another shape than the contract has it."""
+    tensors = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.output)}
+    sizes: dict[str, list[int]] = {}
+    for name, kind, free in ((FRAMES, TensorProto.FLOAT, 2), (LENGTHS, TensorProto.INT64, 1), *((n, TensorProto.FLOAT, f) for n, f in _FLOATS)):
+        if name not in tensors:
+            raise ManifestError(f"the graph has no tensor {name!r}; there are: {', '.join(tensors) or 'none'}")
+        sizes[name] = [dimension.dim_value for dimension in tensors[name].shape.dim]  # 0: free
+        fixed = len(sizes[name]) - free
+        fits = fixed >= 1 if name == FRAMES else fixed == (name != LENGTHS)
+        if not fits or any(sizes[name][:free]) or not all(sizes[name][free:]) or tensors[name].elem_type != kind:
+            raise ManifestError(f"the graph's tensor {name!r} has sizes {sizes[name]} (0: free), type {tensors[name].elem_type}: not what the contract says")
+    return Interface(tuple(sizes[FRAMES][2:]), sizes[STATE][1], sizes[SCORES][2])
 
 
 def with_manifest(model: ModelProto, manifest: Manifest) -> ModelProto:
@@ -66,6 +85,8 @@ def write_atomically(model: ModelProto, path: Path) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(model.SerializeToString(deterministic=True))
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

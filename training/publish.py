@@ -72,7 +72,7 @@ def publish(
 
 def next_version(folder: Path) -> Path:
     """`folder`/N, one above the highest number there."""
-    numbers = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    numbers = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
     return folder / str(max(numbers, default=0) + 1)
 
 

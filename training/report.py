@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 matplotlib.use("Agg")
@@ -26,7 +27,8 @@ def draw_curves(metrics: Path, picture: Path) -> None:
                 axis.plot(*zip(*points, strict=True), label=label)
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
@@ -39,8 +41,8 @@ def draw_confusion(result: Evaluation, classes: tuple[str, ...], picture: Path) 
     figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
     axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axis.set(xlabel="predicted", ylabel="true", title=f"accuracy {100 * result.accuracy:.1f} %, {len(result.labels)} clips")
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)  # a class may have a dollar in its name
+    axis.set_yticks(range(len(classes)), classes, parse_math=False)
     for i, j in np.argwhere(counts):
         axis.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", color="white" if share[i, j] > 55 else "black", fontsize=8)
     figure.savefig(picture, dpi=110)
@@ -49,7 +51,7 @@ def draw_confusion(result: Evaluation, classes: tuple[str, ...], picture: Path) 
 
 def recall_table(result: Evaluation, classes: tuple[str, ...], title: str) -> Table:
     """Clips and share recognised, class by class, and what each is most often taken for."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for column in ("class", "clips", "right %", "most often taken for"):
         table.add_column(column, justify="left" if column in ("class", "most often taken for") else "right")
     counts = result.confusion
@@ -57,7 +59,7 @@ def recall_table(result: Evaluation, classes: tuple[str, ...], title: str) -> Ta
         wrong = counts[i].copy()
         wrong[i] = 0
         mistaken = f"{classes[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
-        table.add_row(name, str(counts[i].sum()), f"{100 * counts[i, i] / max(1, counts[i].sum()):.1f}", mistaken)
+        table.add_row(escape(name), str(counts[i].sum()), f"{100 * counts[i, i] / max(1, counts[i].sum()):.1f}", escape(mistaken))
     table.add_section()
     table.add_row("all", str(counts.sum()), f"{100 * result.accuracy:.1f}", "")
     return table

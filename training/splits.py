@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from model.contract import ManifestError, decode
 from training.config import Config, ConfigError
 from training.datasets.clips import ClipSet, DataError
 
@@ -26,6 +29,8 @@ class Splits:
 
     def named(self, name: str) -> ClipSet:
         """ "training", "validation" or "test"; raises `DataError` when this run has no such part."""
+        if name not in ("training", "validation", "test"):
+            raise DataError(f"no split {name!r}; there are: training, validation, test")
         clips: ClipSet | None = getattr(self, name)
         if clips is None:
             raise DataError(f"this run has no {name} split")
@@ -38,6 +43,8 @@ def load(config: Config) -> Splits:
     if not config.data.evaluation_options:
         return splits
     evaluation = split(config, read(config, config.data.options | config.data.evaluation_options))
+    if evaluation.training.classes != splits.training.classes or evaluation.training.frame_shape != splits.training.frame_shape:
+        raise DataError(f"{splits.training.source.name}: with data.evaluation_options the clips have other classes or frames than the training clips")
     return Splits(splits.training, evaluation.validation, evaluation.test)
 
 
@@ -52,8 +59,24 @@ def read(config: Config, options: dict[str, Any]) -> ClipSet:
     known = [name for name in inspect.signature(load_clips).parameters if name != "path"]
     if unknown := sorted(set(options) - set(known)):
         raise ConfigError(f"data.options.{unknown[0]} is unknown to {data.reader}; there are: {', '.join(known) or 'none'}")
-    clips: ClipSet = load_clips(Path(data.path), **options)
+    clips: ClipSet = load_clips(Path(data.path), **_arguments(load_clips, options, data.reader))
     return clips
+
+
+def _arguments(load_clips: Callable[..., ClipSet], options: dict[str, Any], reader: str) -> dict[str, Any]:
+    """Options as the reader's own types: a TOML list becomes a tuple, a table a `DataSource`, a string a path where one is wanted."""
+    required = [p.name for p in inspect.signature(load_clips).parameters.values() if p.default is p.empty and p.name != "path"]
+    if absent := [name for name in required if name not in options]:
+        raise ConfigError(f"data.options.{absent[0]} is missing: {reader} needs it")
+    hints = typing.get_type_hints(load_clips)
+    arguments = {}
+    for name, value in options.items():
+        wants_path = Path in (hints[name], *typing.get_args(hints[name]))
+        try:
+            arguments[name] = Path(decode(value, str, f"data.options.{name}")) if wants_path else decode(value, hints[name], f"data.options.{name}")
+        except ManifestError as error:
+            raise ConfigError(str(error)) from None
+    return arguments
 
 
 def split(config: Config, clips: ClipSet) -> Splits:
@@ -65,13 +88,17 @@ def split(config: Config, clips: ClipSet) -> Splits:
     rest = clips.take(np.flatnonzero(~is_test))
     held_out = _matches(rest, config.data.validation)
     if config.final or not config.data.validation:
-        return Splits(rest, None, test)
+        return Splits(_complete(rest), None, test)
     if not held_out.any() or held_out.all():
         raise DataError(f"{clips.source.name}: data.validation {config.data.validation} holds out {held_out.sum()} of {len(rest)} training clips")
-    training = rest.take(np.flatnonzero(~held_out))
-    if absent := sorted(set(range(len(clips.classes))) - set(training.labels.tolist())):
-        raise DataError(f"{clips.source.name}: no training clip is left of class {clips.classes[absent[0]]!r}")
-    return Splits(training, rest.take(np.flatnonzero(held_out)), test)
+    return Splits(_complete(rest.take(np.flatnonzero(~held_out))), rest.take(np.flatnonzero(held_out)), test)
+
+
+def _complete(training: ClipSet) -> ClipSet:
+    """The clips themselves; raises `DataError` when a class has none."""
+    if absent := sorted(set(range(len(training.classes))) - set(training.labels.tolist())):
+        raise DataError(f"{training.source.name}: no training clip is left of class {training.classes[absent[0]]!r}")
+    return training
 
 
 def describe(config: Config) -> str:
