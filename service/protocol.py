@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -126,6 +126,18 @@ class Connection:
 
     def answered(self, frames: Frames) -> None:
         self.unanswered -= frames.count
+
+
+def join(messages: Sequence[Frames]) -> Frames:
+    """Messages that follow each other, all lists or all bytes, as one."""
+    first, count, size = messages[0].first, sum(message.count for message in messages), sum(message.size for message in messages)
+    if isinstance(messages[0].payload, list):
+        return Frames(first, count, [frame for message in messages for frame in message.payload], size)
+    return Frames(first, count, memoryview(b"".join(message.payload for message in messages)), size)  # type: ignore[misc]
+
+
+def may_join(before: Frames, after: Frames) -> bool:
+    return after.first == before.first + before.count and after.count > 0 and isinstance(after.payload, list) == isinstance(before.payload, list)
 
 
 def read_text(text: str) -> Message:
@@ -255,6 +267,12 @@ class Answer:
         order = np.argsort(-last, kind="stable")[: max(1, self.options.top_k)].tolist()
         top = [{"label": self.manifest.classes[i], "score": last[i]} for i in order]
         return {"label": top[0]["label"], "score": top[0]["score"], "top": top[: self.options.top_k]}
+
+    def part(self, first: int, count: int, options: Options) -> Answer:
+        """The answer for some of the frames alone, in the form that `options` ask for; this one has the scores of all its frames."""
+        begin = first - self.first
+        scores = self.scores[begin : begin + count]
+        return Answer(self.manifest, options, first, count, scores if options.scores == "all" else scores[-1:])
 
     def to_json(self) -> bytes:
         return encode(self.to_dict())

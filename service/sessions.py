@@ -93,8 +93,13 @@ class Answers:
         return self._blocks[0][0] if self._blocks else self.end
 
     @property
+    def room(self) -> int:
+        """How many more frames can be kept without forgetting any."""
+        return max(0, self.limit - (self.end - self.start))
+
+    @property
     def full(self) -> bool:
-        return self.end - self.start >= self.limit
+        return not self.room
 
     def add(self, scores: Floats) -> None:
         self._blocks.append((self.end, scores))

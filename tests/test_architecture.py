@@ -22,7 +22,7 @@ LAYERS = {
     ],
     "training": [
         ["config", "datasets.clips", "onnx_file"],
-        ["datasets.*", "augment", "splits"],
+        ["datasets.*", "augment", "splits", "samples"],
         ["batches", "checkpoint"],
         ["evaluate", "export", "verify"],
         ["loop", "report", "publish"],

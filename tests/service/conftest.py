@@ -93,10 +93,10 @@ def http(server: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def start(models: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def start(models: Path, tmp_path: Path) -> Callable[..., Any]:
     """Starts servers with options of their own; all end with the test."""
 
     def starter(*options: str, **environment: str) -> Any:
         return running(models, tmp_path / f"log{time.monotonic_ns()}", *options, **environment)
 
-    yield starter
+    return starter

@@ -83,8 +83,8 @@ def test_missing_joints_and_bodies() -> None:
     assert gone.all(-1)[0].tolist() == [j == 2 for j in range(13)]
     assert gone.all(-1)[1].tolist() == [j == 5 for j in range(13)]
     assert gone[2].all()
+    frames[1][5] = [None, 0, None]
     with pytest.raises(NotFinite, match="as a whole"):
-        frames[1][5] = [None, 0, None]
         reader(GAPPY).from_json(frames)
 
 
