@@ -119,7 +119,7 @@ def test_a_shipped_sample_is_found_by_its_name(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "rehab" / "index.csv").write_text("file,label\ndeep-squat.npy,deep squat\n")
     monkeypatch.setattr(player, "SAMPLES", tmp_path)
     assert find_recording("deep-squat") == find_recording("deep-squat.npy") == find_recording(str(sample)) == sample
-    with pytest.raises(PlayerError, match="shipped samples: deep-squat$"):
+    with pytest.raises(PlayerError, match=r"shipped samples: deep-squat$"):
         find_recording("deep-squad")
     with pytest.raises(PlayerError, match="is a folder"):
         find_recording(str(tmp_path))
