@@ -54,7 +54,7 @@ class Runner:
         self._ran = metrics.run_seconds.labels(name)
         self._batch_rows = metrics.batch_rows.labels(name)
         self._frames = metrics.frames.labels(name)
-        metrics.waiting.labels(name).set_function(lambda: self._batcher.waiting)
+        metrics.waiting.labels(name, version).set_function(lambda: self._batcher.waiting)
         metrics.device.labels(name, version, engine.device.name, engine.device.provider).set(1)
         self.frames_run = self.batches_run = self.rows_run = 0
 
