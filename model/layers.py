@@ -25,6 +25,7 @@ class SequenceNorm(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (T, B, N), mask (T, B) bool."""
         if self.training:
+            x = torch.where(mask[..., None], x, 0.0)  # a product with zero would let NaN and infinities of masked steps through
             mean, var = self._statistics(x, mask)
             scale = self.weight * torch.rsqrt(var + self.eps)
             return x * scale + (self.bias - mean * scale)
@@ -39,8 +40,7 @@ class SequenceNorm(nn.Module):
     def _statistics(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         real = mask.to(x.dtype)[..., None]
         count = real.sum().clamp(min=1.0)
-        x = torch.where(mask[..., None], x, 0.0)  # a product would let NaN and infinities of masked steps through
-        mean = x.sum((0, 1)) / count
+        mean = x.sum((0, 1)) / count  # masked steps are zeros here
         var = ((x - mean).square() * real).sum((0, 1)) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)

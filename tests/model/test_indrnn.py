@@ -1,0 +1,81 @@
+"""The layer: initialisations, bound, chunks."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.indrnn import IndRNN, Recurrence, recurrent_bound
+from model.layers import step_mask
+
+
+def test_the_definition_step_by_step() -> None:
+    torch.manual_seed(0)
+    layer, x, h = IndRNN(3, 5), torch.randn(6, 2, 3), torch.rand(2, 5)
+    y, end = layer(x, h, torch.ones(6, 2, dtype=torch.bool))
+    w, b, u = layer.linear.weight, layer.linear.bias, layer.recurrence.u
+    for t in range(6):
+        h = torch.relu(x[t] @ w.T + b + u * h)
+        torch.testing.assert_close(y[t], h)
+    assert torch.equal(end, y[-1])
+
+
+@settings(deadline=None, max_examples=30)
+@given(cut=st.integers(1, 24), seed=st.integers(0, 99))
+def test_two_chunks_equal_one_clip(cut: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer, x, h = IndRNN(4, 6), torch.randn(25, 3, 4), torch.rand(3, 6)
+    lengths = torch.tensor([25, seed % 26, 0])
+    whole, end = layer(x, h, step_mask(lengths, 25))
+    first, middle = layer(x[:cut], h, step_mask(lengths, cut))
+    rest, end_of_rest = layer(x[cut:], middle, step_mask(lengths - cut, 25 - cut))
+    torch.testing.assert_close(torch.cat([first, rest]), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(end_of_rest, end, rtol=1e-5, atol=1e-6)
+    assert torch.equal(end[2], h[2])
+
+
+@pytest.mark.parametrize(("horizon", "bound"), [(1, 0.01), (2, 0.1), (150, 0.01 ** (1 / 150))])
+def test_bound_leaves_a_hundredth_after_the_horizon(horizon: int, bound: float) -> None:
+    assert recurrent_bound(horizon) == pytest.approx(bound)
+    assert recurrent_bound(horizon) ** horizon == pytest.approx(0.01)
+
+
+def test_a_horizon_below_one_frame_is_refused() -> None:
+    with pytest.raises(ValueError, match="horizon must be at least 1 frame, got 0"):
+        recurrent_bound(0)
+
+
+def test_initialisation_for_a_score_at_every_step_covers_all_memories() -> None:
+    u = Recurrence(20_000, bound=0.9).u
+    assert 0 <= u.min() < 0.001
+    assert 0.899 < u.max() <= 0.9
+    assert u.mean().item() == pytest.approx(0.45, abs=0.01)
+
+
+def test_initialisation_for_a_score_at_the_end_has_long_memories_only() -> None:
+    u = Recurrence(20_000, bound=1.0, memory="last", horizon=20).u
+    low = 0.01 ** (1 / 20)
+    assert low <= u.min() < low + 0.001
+    assert 0.999 < u.max() <= 1.0
+    assert u.mean().item() == pytest.approx((low + 1) / 2, abs=0.01)
+
+
+def test_initialisation_never_leaves_the_bound() -> None:
+    assert (Recurrence(100, bound=recurrent_bound(5), memory="last", horizon=500).u <= recurrent_bound(5)).all()
+
+
+def test_weights_start_as_kaiming_has_it() -> None:
+    layer = IndRNN(300, 400)
+    limit = math.sqrt(6 / 300)
+    assert layer.linear.weight.abs().max().item() == pytest.approx(limit, rel=0.01)
+    assert not layer.linear.bias.any()
+
+
+def test_clamp_puts_u_back_on_both_sides() -> None:
+    recurrence = Recurrence(4, bound=0.5)
+    with torch.no_grad():
+        recurrence.u.copy_(torch.tensor([-3.0, -0.25, 0.25, 3.0]))
+    recurrence.clamp_()
+    assert recurrence.u.tolist() == [-0.5, -0.25, 0.25, 0.5]

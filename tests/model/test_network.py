@@ -1,0 +1,176 @@
+"""The whole network: one state row, batch first, every promise of the contract that torch can show."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.indrnn import Recurrence
+from model.layers import SequenceNorm
+from model.network import Network
+
+NAN = float("nan")
+KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...], str | None]] = {
+    "channels": ({"kind": "plain", "layers": 2, "norm": "after"}, (4,), None),
+    "channels, missing": ({"kind": "plain", "layers": 2, "norm": "before", "missing": True, "horizon": 20}, (4,), None),
+    "skeleton": ({"kind": "residual", "layers": 2, "horizon": 50}, (13, 3), "body-13"),
+    "body, missing": ({"kind": "residual", "layers": 2, "view": "body", "missing": True}, (13, 3), "body-13"),
+}
+
+
+def network(kind: str, **changes: Any) -> Network:
+    settings_, shape, layout = KINDS[kind]
+    torch.manual_seed(2)
+    made = Network(ModelConfig(units=8, **settings_ | changes), shape, 3, layout)
+    for module in made.modules():
+        if isinstance(module, SequenceNorm):
+            nn.init.normal_(module.running_mean, 0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return made.eval()
+
+
+def clips(made: Network, rows: int, steps: int, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, steps, *made.frame_shape, generator=g)
+    if made.config.missing:
+        x[torch.rand(x.shape[:3], generator=g) < 0.2] = NAN
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=12)
+@given(cut=st.integers(1, 23), seed=st.integers(0, 50))
+def test_two_chunks_equal_one_clip(kind: str, cut: int, seed: int) -> None:
+    made = network(kind)
+    x, lengths = clips(made, 3, 24, seed), torch.tensor([24, seed % 25, 0])
+    with torch.no_grad():
+        whole, end = made(x, lengths, made.initial_state(3))
+        first, middle = made(x[:, :cut], lengths.clamp(max=cut), made.initial_state(3))
+        rest, last = made(x[:, cut:], (lengths - cut).clamp(min=0), middle)
+    both = torch.cat([first, rest], dim=1)
+    for row, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(both[row, :n], whole[row, :n], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, end, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_alone_equals_a_row_in_a_ragged_batch(kind: str) -> None:
+    made = network(kind)
+    lengths = torch.tensor([11, 1, 30, 0, 29])
+    x, state = clips(made, 5, 30), torch.rand(5, made.state_width)
+    with torch.no_grad():
+        together, ends = made(x, lengths, state)
+        for row, n in enumerate(lengths.tolist()):
+            if n:
+                alone, end = made(x[row : row + 1, :n], lengths[row : row + 1], state[row : row + 1])
+                torch.testing.assert_close(alone[0], together[row, :n], rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(end[0], ends[row], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("garbage", [0.0, NAN, float("inf"), 1e38])
+def test_a_row_of_no_length_keeps_its_state_to_the_bit(kind: str, garbage: float) -> None:
+    made = network(kind)
+    x, state = clips(made, 2, 6), torch.rand(2, made.state_width)
+    x[1] = garbage
+    with torch.no_grad():
+        _, end = made(x, torch.tensor([6, 0]), state)
+    assert torch.equal(end[1], state[1])
+    assert not torch.equal(end[0], state[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("garbage", [NAN, float("inf"), 1e38])
+def test_padding_is_never_read(kind: str, garbage: float) -> None:
+    made = network(kind)
+    x, lengths = clips(made, 2, 9), torch.tensor([9, 4])
+    with torch.no_grad():
+        clean, clean_end = made(x, lengths, made.initial_state(2))
+        x[1, 4:] = garbage
+        dirty, dirty_end = made(x, lengths, made.initial_state(2))
+    assert torch.equal(dirty[0], clean[0])
+    assert torch.equal(dirty[1, :4], clean[1, :4])
+    assert torch.equal(dirty_end, clean_end)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_are_the_start(kind: str) -> None:
+    made = network(kind)
+    assert made.initial_state(3).shape == (3, made.state_width)
+    assert not made.initial_state(3).any()
+    assert made.state_width == sum(made.state_widths)
+
+
+@pytest.mark.parametrize("kind", ["channels, missing", "body, missing"])
+def test_scores_are_finite_whatever_is_missing(kind: str) -> None:
+    made = network(kind)
+    x = clips(made, 4, 10)
+    x[1] = NAN  # nothing at all
+    x[2, 3:] = NAN  # lost for good
+    x[3, :, 2] = NAN  # one joint never seen
+    with torch.no_grad():
+        scores, end = made(x, torch.full((4,), 10), made.initial_state(4))
+    assert torch.isfinite(scores).all()
+    assert torch.isfinite(end).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [0.0, 1e6])
+def test_degenerate_and_huge_frames_give_finite_scores_and_gradients(kind: str, scale: float) -> None:
+    made = network(kind).train()
+    x = torch.full((2, 6, *made.frame_shape), 1.0) * scale
+    scores, _ = made(x, torch.tensor([6, 3]), made.initial_state(2))
+    scores[:, :3].sum().backward()
+    assert torch.isfinite(scores).all()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    with torch.no_grad():
+        random_scores, _ = made.eval()(torch.randn(2, 6, *made.frame_shape) * scale, torch.tensor([6, 3]), made.initial_state(2))
+    assert torch.isfinite(random_scores).all()
+
+
+def test_clamps_every_recurrent_weight() -> None:
+    made = network("skeleton")
+    recurrences = [module for module in made.modules() if isinstance(module, Recurrence)]
+    with torch.no_grad():
+        for recurrence in recurrences:
+            recurrence.u.fill_(-5.0)
+    made.clamp_recurrent_()
+    assert len(recurrences) == 3
+    assert all(bool((r.u == -r.bound).all()) and r.bound < 1 for r in recurrences)
+
+
+def test_features_are_fitted_on_real_steps_alone() -> None:
+    made = network("channels", motion=False)
+    frames, lengths = torch.randn(6, 20, 4) * 3 + 5, torch.tensor([20, 3, 7, 20, 1, 12])
+    real = torch.cat([row[:n] for row, n in zip(frames, lengths.tolist(), strict=True)])
+    for row, n in zip(frames, lengths.tolist(), strict=True):
+        row[n:] = 1e9
+    made.fit_features([(frames[:2], lengths[:2]), (frames[2:], lengths[2:])])
+    torch.testing.assert_close(made.features.standardise.mean, real.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made.features.standardise.inverse, 1 / real.std(0, unbiased=False), rtol=1e-5, atol=1e-5)
+
+
+def test_clips_of_one_frame_leave_motion_as_it_is() -> None:
+    made = network("channels")
+    made.fit_features([(torch.randn(5, 1, 4), torch.ones(5, dtype=torch.int64))])
+    assert made.features.standardise.inverse[4:].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "message"),
+    [
+        ((5, 3), None, "name the skeleton's layout"),
+        ((12, 3), "body-13", r"frames of shape \(13, 3\), got \(12, 3\)"),
+        ((17, 2), "coco-17", "has 2 coordinates a joint; skeleton features need three"),
+        ((4,), "body-14", "unknown layout 'body-14'"),
+    ],
+)
+def test_frames_that_do_not_fit_the_layout_are_refused(shape: tuple[int, ...], layout: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Network(ModelConfig(), shape, 2, layout)
