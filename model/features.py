@@ -94,14 +94,14 @@ class SkeletonFeatures(nn.Module):
         motion = (now[..., :3] - before[..., :3]) * before[..., 3:]
         parts = []
         if self.view == "body":
-            heading, _ = self._heading(now)
-            position, motion = _turn(position, heading), _turn(motion, heading)
+            heading, clear = self._heading(torch.cat([before[:1], now]))
+            position, motion = _turn(position, heading[1:]), _turn(motion, heading[1:])
         if self.positions:
             parts.append(position.flatten(2))
         if self.motion:
             parts.append(motion.flatten(2))
             if self.view == "body":  # turning on the spot is lost by the change of axes: give it back
-                parts.append(self._turning(now, before))
+                parts.append(_turning(heading, clear))
         if self.missing:
             parts.append(1.0 - valid[..., 0].to(now.dtype))
         return self.standardise(torch.cat(parts, -1)), next_state
@@ -124,12 +124,12 @@ class SkeletonFeatures(nn.Module):
         length = torch.sqrt(torch.where(clear, square, 1.0))  # the root of zero has no gradient
         return torch.stack([torch.where(clear, x / length, 1.0), torch.where(clear, z / length, 0.0)], -1), clear
 
-    def _turning(self, now: Tensor, before: Tensor) -> Tensor:
-        """Cosine less one and sine of the change of heading since the previous frame, (T, B, 2); zero at the start."""
-        (a, clear), (b, was_clear) = self._heading(now), self._heading(before)
-        a, b = a[:, :, 0], b[:, :, 0]
-        cosine, sine = (a * b).sum(-1) - 1.0, b[..., 0] * a[..., 1] - b[..., 1] * a[..., 0]
-        return torch.stack([cosine, sine], -1) * (clear & was_clear).to(a.dtype)
+
+def _turning(heading: Tensor, clear: Tensor) -> Tensor:
+    """Cosine less one and sine of the change of heading, from headings (T + 1, B, 1, 2): (T, B, 2); zero where either has no direction."""
+    now, before = heading[1:, :, 0], heading[:-1, :, 0]
+    cosine, sine = (now * before).sum(-1) - 1.0, before[..., 0] * now[..., 1] - before[..., 1] * now[..., 0]
+    return torch.stack([cosine, sine], -1) * (clear[1:] & clear[:-1]).to(now.dtype)
 
 
 def _mean(marked: Tensor) -> Tensor:
