@@ -97,10 +97,6 @@ class Answers:
         """How many more frames can be kept without forgetting any."""
         return max(0, self.limit - (self.end - self.start))
 
-    @property
-    def full(self) -> bool:
-        return not self.room
-
     def add(self, scores: Floats) -> None:
         self._blocks.append((self.end, scores))
         self.end += len(scores)

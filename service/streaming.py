@@ -255,15 +255,17 @@ class Stream:
         self._room.set()
 
     async def _advance(self, session: Session, message: Frames) -> None:
-        if session.answers.full and message.first + message.count > session.next_frame:
-            await self._acknowledgement(session)
+        await self._acknowledgement(session, message.first + message.count - session.next_frame)
         answer = await self._predictor.advance(session, message.first, message.count, _payload(message), self._options, self)
         await self._answer(message, answer)
 
-    async def _acknowledgement(self, session: Session) -> None:
-        """Waits until kept answers are acknowledged; a client that overran its window cannot be heard and would wait for ever."""
+    async def _acknowledgement(self, session: Session, frames: int) -> None:
+        """Waits until enough kept answers are acknowledged to keep those of `frames` new ones; more than the limit need it empty.
+
+        A client that overran its window cannot be heard and would wait for ever.
+        """
         stalled = 0.0
-        while session.answers.full:
+        while session.answers.room < min(frames, session.answers.limit):
             if self._draining is not None:
                 raise self._draining
             self._acked.clear()

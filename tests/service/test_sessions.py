@@ -49,13 +49,13 @@ def test_answers_are_kept_up_to_the_limit() -> None:
     assert answers.limit == 64
     for first in range(0, 100, 5):
         answers.add(scores(first, 5))
-    assert (answers.start, answers.end, answers.full) == (36, 100, True)
+    assert (answers.start, answers.end, answers.room) == (36, 100, 0)
     np.testing.assert_array_equal(answers.get(38, 99), scores(38, 61))
     with pytest.raises(AnswersForgotten):
         answers.get(35, 40)
     answers.forget(98)
     np.testing.assert_array_equal(answers.get(98, 100), scores(98, 2))
-    assert not answers.full
+    assert answers.room
 
 
 def test_wide_answers_are_limited_by_bytes() -> None:

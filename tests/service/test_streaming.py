@@ -245,6 +245,20 @@ def test_a_client_that_acknowledges_nothing_is_not_read_beyond_its_window(http: 
         assert [receive(socket)["first"] for _ in range(36)] == list(range(64, 100))
 
 
+def test_a_message_waits_while_it_would_push_out_answers_that_are_not_acknowledged(http: httpx.Client, server: Server) -> None:
+    with connect(stream_url(server)) as socket:
+        session = receive(socket)["session"]
+        for first in (0, 40):
+            socket.send(protocol.write_frames(first, CLIP[first : first + 40]))
+        assert receive(socket)["count"] == 40
+        ack(socket, 10)
+        with pytest.raises(TimeoutError):
+            socket.recv(timeout=0.3)
+        assert http.get(f"/v1/sessions/{session}").json()["next_frame"] == 40
+        ack(socket, 16)
+        assert receive(socket)["first"] == 40
+
+
 def test_a_client_that_reads_nothing_holds_up_itself_alone(http: httpx.Client, server: Server) -> None:
     """Its answers pile up to the window, then its socket is not read; other streams go on."""
     with connect(stream_url(server), max_queue=1, close_timeout=0.5) as slow, connect(stream_url(server)) as other:
