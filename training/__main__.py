@@ -15,10 +15,12 @@ import tomli_w
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from model.contract import ManifestError
+from model.skeletons import UnknownLayout
 from training import checkpoint as checkpoints
 from training.config import Config, ConfigError, load
 from training.datasets import clip_folder
@@ -30,13 +32,15 @@ from training.loop import train as fit
 from training.onnx_file import read_manifest
 from training.publish import metrics_of, next_version, publish
 from training.report import draw_confusion, draw_curves, recall_table
-from training.splits import Splits, describe
+from training.samples import write_samples
+from training.splits import Splits, describe, read, split
 from training.splits import load as load_splits
 from training.verify import VerificationError, verify_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console(stderr=True)
-EXPECTED = (ConfigError, DataError, ManifestError, VerificationError, TrainingDiverged, checkpoints.CheckpointError, FileExistsError, FileNotFoundError)
+PARTS = ("test", "validation", "training")
+EXPECTED = (ConfigError, DataError, UnknownLayout, ManifestError, VerificationError, TrainingDiverged, checkpoints.CheckpointError, OSError)
 
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the experiment, see training/configs/")]
 Run = Annotated[Path, typer.Argument(help="run folder, as `train` made it")]
@@ -53,21 +57,24 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on after the last checkpoint of this run")] = False,
 ) -> None:
     """Train a network; leaves checkpoints, metrics, curves and a confusion matrix in OUT/NAME/seed-SEED."""
-    settings = load(config, [*(overrides or []), *([f"data.path={data!r}"] if data else [])])
+    settings = _with_path(load(config, overrides), data)
     folder = out / settings.name / (f"seed-{settings.seed}" + ("-final" if settings.final else ""))
     if resume and not (folder / checkpoints.LAST).exists():
         raise checkpoints.CheckpointError(f"{folder}: nothing to resume; leave --resume out")
-    if not resume and folder.exists():
-        raise FileExistsError(f"{folder} exists: go on with --resume, or choose another --out, or delete it")
+    if not resume and any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.BEST)):
+        raise FileExistsError(f"{folder} holds a run: go on with --resume, or choose another --out, or delete it")
     splits = load_splits(settings)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(tomli_w.dumps(settings.to_dict()))
-    console.print(f"{settings.name}, seed {settings.seed}: {_sizes(splits)}\n{describe(settings)}\nrun folder: {folder}")
+    _say(f"{settings.name}, seed {settings.seed}: {_sizes(splits)}", describe(settings), f"run folder: {folder}")
     try:
         with _watching(folder) as watch:
             chosen = fit(settings, splits.training, splits.validation, folder, resume=resume, watch=watch)
     except KeyboardInterrupt:
-        console.print(f"\nstopped; the last whole epoch is kept. Go on with: python -m training train {config} --resume (and the same options)")
+        if (folder / checkpoints.LAST).exists():
+            _say(f"stopped; the last whole epoch is kept. Go on with: python -m training train {config} --resume (and the same options)")
+        else:
+            _say("stopped before the first epoch was done: nothing is kept")
         raise typer.Exit(130) from None
     finally:
         if (folder / METRICS).exists():
@@ -76,7 +83,7 @@ def train(
         result = run_clips(checkpoints.load(chosen).network(), splits.validation)
         draw_confusion(result, splits.validation.classes, folder / "confusion.png")
         Console().print(recall_table(result, splits.validation.classes, f"{settings.name}, validation"))
-    console.print(f"next: python -m training evaluate {folder}   or   python -m training export {folder} --to models/{settings.name}/1")
+    _say(f"next: python -m training evaluate {folder}   or   python -m training export {folder} --to models/{settings.name}/1")
 
 
 @app.command()
@@ -88,16 +95,16 @@ def evaluate(
     """Run a trained network over the test clips, once: the result is kept and shown again after that."""
     found = checkpoints.load(run / checkpoints.BEST)
     kept = run / f"{part}.json"
-    console.print(describe(found.config))
-    if kept.exists():
-        console.print(f"already run; the result was kept in {kept}")
+    _say(describe(found.config))
+    if part in PARTS and kept.exists():
+        _say(f"already run; the result was kept in {kept}")
         Console().print_json(kept.read_text())
         return
     clips = load_splits(_with_path(found.config, data)).named(part)
     result = run_clips(found.network(), clips)
     draw_confusion(result, clips.classes, run / f"confusion-{part}.png")
     value = {"split": part, "clips": len(clips), "accuracy": result.accuracy, "frame_accuracy": result.frame_accuracy, "loss": result.loss}
-    kept.write_text(json.dumps(value | {"seed": found.config.seed, "chosen": describe(found.config)}, indent=1) + "\n")
+    kept.write_text(json.dumps(value | {"seed": found.config.seed, "epoch": found.epoch, "chosen": describe(found.config)}, indent=1) + "\n")
     Console().print(recall_table(result, clips.classes, f"{found.config.name}, {part}, seed {found.config.seed}"))
 
 
@@ -120,13 +127,13 @@ def export(
     protocol = found.config.export.protocol or f"{part} clips, score at the last frame"
     metrics = metrics_of(protocol, accuracy=result.accuracy, frame_accuracy=result.frame_accuracy)
     with _bar("streaming") as advance:
-        manifest = publish(found, clips, metrics, target, say=lambda text: console.print(f"  {text}"), watch=advance)
+        manifest = publish(found, clips, metrics, target, say=lambda text: _say(f"  {text}"), watch=advance)
     stream = manifest.stream
     assert stream is not None
-    console.print(f"[bold]{target / 'model.onnx'}[/bold]  accuracy {100 * result.accuracy:.1f} % ({protocol})")
+    console.print(f"[bold]{escape(str(target / 'model.onnx'))}[/bold]  accuracy {100 * result.accuracy:.1f} % ({escape(protocol)})", soft_wrap=True)
     console.print(f"  parity {manifest.parity.scores_abs:.1e}; on streams: {100 * stream.accuracy_first:.1f} % at the first clip, ", end="")
     console.print(f"{100 * stream.accuracy_last:.1f} % at the last five of twenty" + (" [yellow](declines)[/yellow]" if stream.declines else ""))
-    console.print(f"next: python -m service --models {target.parent.parent}")
+    _say(f"next: python -m service --models {target.parent.parent}")
 
 
 @app.command()
@@ -143,14 +150,35 @@ def verify(
     except Exception as error:  # onnx passes on whatever protobuf raises
         raise ManifestError(f"{file}: not an ONNX file: {error}") from None
     manifest = read_manifest(model)
-    recordings = clip_folder.load(clips, units=manifest.units, layout=manifest.layout, fps=manifest.fps, missing=manifest.missing)
+    recordings = clip_folder.load(
+        clips, units=manifest.units, layout=manifest.layout, fps=manifest.fps, frame_shape=manifest.frame_shape, missing=manifest.missing
+    )
     network = checkpoints.load(run / checkpoints.BEST).network() if run else None
     with _bar("streaming") as advance:
         report = verify_file(model, recordings.frames, network, advance)
     against = "torch and itself" if network else "itself"
-    console.print(
-        f"[green]verified[/green] {file}: against {against}, scores differ by at most {report.parity.scores_abs:.1e}; {report.verified_frames} frames streamed"
-    )
+    found = f"against {against}, scores differ by at most {report.parity.scores_abs:.1e}; {report.verified_frames} frames streamed"
+    console.print(f"[green]verified[/green] {escape(str(file))}: {found}", soft_wrap=True)
+
+
+@app.command()
+def samples(
+    config: ConfigFile,
+    to: Annotated[Path, typer.Option(help="folder to write to")],
+    data: Data = "",
+    longest: Annotated[int, typer.Option(help="frames kept of a longer recording")] = 150,
+    decimals: Annotated[int, typer.Option(help="digits kept behind the point")] = 3,
+) -> None:
+    """Write one held-out recording of every class as JSON, to post to a service or play into it, and to verify a file with."""
+    settings = _with_path(load(config, []), data)
+    paths = write_samples(split(settings, read(settings, settings.data.options)).named("test"), to, longest, decimals)
+    console.print(f"{len(paths)} recordings in {to}: {', '.join(path.name for path in paths)}")
+
+
+def _say(*lines: str) -> None:
+    """Lines as they are, whatever brackets are in them and however narrow the terminal is."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _with_path(config: Config, path: str) -> Config:
@@ -196,7 +224,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except EXPECTED as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

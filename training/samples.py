@@ -1,0 +1,41 @@
+"""A few held-out recordings as files that people can play into a service or post to it; together they are a clip folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from training.datasets.clips import ClipSet, Frames
+
+INDEX = "index.csv"
+
+
+def write_samples(clips: ClipSet, folder: Path, longest: int, decimals: int = 3) -> list[Path]:
+    """One clip of every class, the one of median length, cut to `longest` frames, as FOLDER/CLASS.json beside index.csv.
+
+    A file is `{"frames": [...]}`, the body of a request as it stands. Numbers are rounded to `decimals`; missing values are null.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for label, name in enumerate(clips.classes):
+        of_class = np.flatnonzero(clips.labels == label)
+        if not len(of_class):
+            continue
+        by_length = sorted(of_class.tolist(), key=lambda i: (len(clips.frames[i]), i))
+        frames = clips.frames[by_length[len(by_length) // 2]][:longest]
+        path = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+        path.write_text(json.dumps({"frames": _plain(frames, decimals)}, separators=(",", ":")) + "\n")
+        written.append((path, name))
+    with (folder / INDEX).open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("file", "label"), *((path.name, name) for path, name in written)])
+    return [path for path, _ in written]
+
+
+def _plain(frames: Frames, decimals: int) -> object:
+    """Nested lists; a value that is missing is None."""
+    rounded = np.round(frames.astype(float), decimals)
+    return np.where(np.isnan(rounded), None, rounded).tolist()  # type: ignore[call-overload]
