@@ -33,18 +33,17 @@ serve: $(SERVE)/.installed ## run the service on 127.0.0.1:8000 (PORT=8001; DEVI
 dev: $(DEV)/.installed ## an environment with everything, to train and to test: .venv-dev/bin/python -m training
 
 test: $(DEV)/.installed ## lint, types and all tests (ARGS="-k name", ARGS="tests/model -x")
-	@$(MAKE) --no-print-directory lint || failed=1; $(DEV)/bin/python -m pytest $(ARGS) && test -z "$$failed"
+	@$(MAKE) --no-print-directory lint; lint=$$?; $(DEV)/bin/python -m pytest $(ARGS) || exit; \
+	test $$lint = 0 || { echo "The tests passed, lint did not: see above." >&2; exit $$lint; }
 
 test-service: $(TEST_SERVICE)/.installed ## tests of the serving half, in an environment without torch
-	@$(TEST_SERVICE)/bin/python -m pytest $(wildcard tests/service tests/docker tests/test_*.py) $(ARGS)
+	@$(TEST_SERVICE)/bin/python -m pytest $(wildcard tests/service tests/docker tests/bench tests/test_*.py) $(ARGS)
 
 lint: $(DEV)/.installed ## ruff and mypy
-	$(DEV)/bin/ruff check .
-	$(DEV)/bin/ruff format --check --quiet .
-	$(DEV)/bin/mypy
+	@failed=0; for check in "ruff check" "ruff format --check" mypy; do echo "$$check"; $(DEV)/bin/$$check || failed=1; done; exit $$failed
 
-bench: $(DEV)/.installed ## frames a second and latencies of the running service, beside its limits
-	@$(DEV)/bin/python -m tests.bench $(ARGS)
+bench: $(TEST_SERVICE)/.installed ## frames a second and latencies of the service, beside its limits (ARGS=--quick)
+	@$(TEST_SERVICE)/bin/python -m tests.bench $(ARGS)
 
 lock: $(LOCK)/.installed ## resolve pyproject.toml into requirements-*.txt again (ARGS=--upgrade for newer versions)
 	$(COMPILE) --extra cpu -o requirements-cpu.txt
@@ -61,12 +60,12 @@ clean: ## remove what these commands made: environments and caches
 # Environments. The file .installed says that an installation was finished, and is older than a lock that has changed since.
 
 .venv/.installed: requirements-cpu.txt
-	$(call venv,the service)
+	$(call venv,the service (no torch))
 	@$(@D)/bin/python -m pip install $(QUIET) -r requirements-cpu.txt
 	@touch $@
 
 .venv-gpu/.installed: requirements-gpu.txt
-	$(call venv,the service with CUDA - gigabytes)
+	$(call venv,the service and CUDA (gigabytes))
 	@$(@D)/bin/python -m pip install $(QUIET) -r requirements-gpu.txt
 	@touch $@
 
@@ -78,7 +77,7 @@ $(DEV)/.installed: requirements-train.txt requirements-test.txt requirements-tor
 	@touch $@
 
 $(TEST_SERVICE)/.installed: requirements-test.txt
-	$(call venv,the service and its tests)
+	$(call venv,the service and its tests (no torch))
 	@$(@D)/bin/python -m pip install $(QUIET) -r requirements-test.txt
 	@touch $@
 
@@ -87,7 +86,7 @@ $(LOCK)/.installed:
 	@$(@D)/bin/python -m pip install $(QUIET) uv
 	@touch $@
 
-QUIET = --quiet --disable-pip-version-check
+QUIET = -qq --disable-pip-version-check
 
 define venv
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=python3.13" >&2; exit 1; }
