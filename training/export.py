@@ -40,7 +40,7 @@ class Served(nn.Module):
 def to_onnx(network: Network) -> ModelProto:
     """The network as an ONNX model without a manifest: inputs and outputs as `model.contract` names them."""
     network = fold(network).eval()
-    frames = torch.randn(3, 7, *network.frame_shape)
+    frames = torch.zeros(3, 7, *network.frame_shape)
     example = frames, torch.tensor([7, 5, 2]), torch.zeros(3, network.state_width)
     batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
     with warnings.catch_warnings(), _quiet():

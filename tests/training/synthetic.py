@@ -1,0 +1,70 @@
+"""Clips that can be learnt in seconds, and configurations small enough for it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from model.contract import DataSource
+from training.config import Config, from_dict
+from training.datasets.clips import ClipSet, Frames
+
+CLASSES = ("rising", "falling", "waving")
+SOURCE = DataSource(name="synthetic", terms="public domain", citation="none")
+
+
+def clip_set(count: int = 60, *, seed: int = 0, shortest: int = 8, longest: int = 24, joints: int = 0) -> ClipSet:
+    """Three movements in two channels, or of `joints` joints in space; subjects "a" to "d", the last of them split "test"."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % len(CLASSES)
+    frames = [_clip(int(label), int(rng.integers(shortest, longest + 1)), rng, joints) for label in labels]
+    subjects = np.array(["abcd"[(i // len(CLASSES)) % 4] for i in range(count)])
+    groups = {"subject": subjects, "split": np.where(subjects == "d", "test", "train")}
+    return ClipSet(tuple(frames), labels.astype(np.int64), CLASSES, groups, 30.0, "metres", SOURCE, "body-13" if joints == 13 else None)
+
+
+def _clip(label: int, steps: int, rng: np.random.Generator, joints: int) -> Frames:
+    clock = np.arange(steps)
+    path = (0.1 * clock, -0.1 * clock, 0.5 * np.sin(clock))[label]
+    if not joints:
+        clip = np.stack([path, np.full(steps, label - 1.0)], 1) + rng.normal(0, 0.1, (steps, 2)) + rng.normal(0, 0.2, 2)
+    else:
+        body = np.random.default_rng(7).normal(0, 0.4, (joints, 3))
+        clip = np.repeat((body + rng.normal(0, 0.5, 3))[None], steps, 0) + rng.normal(0, 0.02, (steps, joints, 3))
+        clip[:, joints // 2 :, 1] += path[:, None]
+    return clip.astype(np.float32)
+
+
+def settings(**sections: dict[str, Any] | Any) -> dict[str, Any]:
+    """A configuration as TOML has it, small; sections given are laid over it."""
+    value: dict[str, Any] = {
+        "name": "tiny",
+        "data": {"reader": "clip_folder", "test": {"split": ["test"]}, "validation": {"subject": ["c"]}, "options": {"units": "metres", "fps": 30}},
+        "model": {"kind": "plain", "layers": 2, "units": 8, "horizon": 20, "dropout": 0.1},
+        "train": {"epochs": 4, "batch": 8, "learning_rate": 1e-2, "max_frames": 16, "ema": 0.9, "threads": 1},
+        "augment": {"noise": 0.02, "speed": 1.2, "cut_start": 0.3, "scale": 0.1},
+    }
+    for name, section in sections.items():
+        value[name] = value.get(name, {}) | section if isinstance(section, dict) else section
+    return value
+
+
+def config(**sections: dict[str, Any] | Any) -> Config:
+    return from_dict(settings(**sections))
+
+
+def write_folder(folder: Path, clips: ClipSet) -> Path:
+    """The clips as a clip folder."""
+    folder.mkdir(parents=True)
+    rows = ["file,label,split,subject"]
+    for i, clip in enumerate(clips.frames):
+        np.save(folder / f"{i}.npy", clip)
+        rows.append(f"{i}.npy,{clips.classes[clips.labels[i]]},{clips.groups['split'][i]},{clips.groups['subject'][i]}")
+    (folder / "index.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def write_config(path: Path, **sections: dict[str, Any] | Any) -> Path:
+    path.write_text(tomli_w.dumps(settings(**sections)))
+    return path

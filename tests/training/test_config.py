@@ -1,0 +1,157 @@
+"""Configurations: strict, with faults named by key; `--set` on top; every shipped file reads."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from tests.training.synthetic import settings, write_config
+from training.config import Config, ConfigError, from_dict, load
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert len(list(CONFIGS.glob("*.toml"))) >= 2
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_reads_and_is_named_like_its_file(path: Path) -> None:
+    config = load(path)
+    assert config.name == path.stem
+    assert load(path, ["final=true"]).final
+    assert from_dict(tomllib.loads(tomli_w.dumps(config.to_dict()))) == config  # what a run folder keeps
+
+
+def test_what_is_left_out_has_defaults() -> None:
+    config = from_dict({"name": "x", "final": True, "data": {"reader": "nw_ucla"}})
+    assert config.data.test == {"split": ["test"]}
+    assert config.model.kind == "residual"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("surplus", 1, "config: unknown field 'surplus'"),
+        ("model.depth", 4, "config.model: unknown field 'depth'"),
+        ("train.lr", 0.1, "config.train: unknown field 'lr'"),
+        ("data.extra", {}, "config.data: unknown field 'extra'"),
+        ("name", 5, "config.name: expected str"),
+        ("final", "yes", "config.final: expected bool"),
+        ("model", [], "config.model: expected an object"),
+        ("model.layers", 2.0, "config.model.layers: expected int"),
+        ("model.layers", True, "config.model.layers: expected int"),
+        ("model.kind", "dense", "config.model.kind: 'dense' is none of"),
+        ("train.epochs", "4", "config.train.epochs: expected int"),
+        ("train.ema", "0.9", "config.train.ema: expected float"),
+        ("augment.mirror", 1, "config.augment.mirror: expected bool"),
+        ("data.test", {"split": "test"}, "config.data.test.split: expected a list"),
+        ("data.validation", {"subject": [1]}, r"config.data.validation.subject\[0\]: expected str"),
+        ("model.layers", 0, "model: layers must be at least 1"),
+        ("model.dropout", 1.0, "dropout rates"),
+        ("name", "../up", "name '../up' must match"),
+        ("name", "", "name '' must match"),
+        ("name", "two words", "name 'two words' must match"),
+        ("seed", -1, "seed must not be negative"),
+        ("train.epochs", 0, "epochs, batch and max_frames must be at least 1"),
+        ("train.batch", 0, "epochs, batch and max_frames must be at least 1"),
+        ("train.learning_rate", 0.0, "train.learning_rate must be positive"),
+        ("train.learning_rate", float("inf"), "train.learning_rate must be a finite number"),
+        ("train.learning_rate", float("nan"), "train.learning_rate must be a finite number"),
+        ("train.weight_decay", -0.1, "train.weight_decay must be a finite number, not negative"),
+        ("train.clip_gradient", 0.0, "train.clip_gradient must be positive"),
+        ("train.warm_up", 1.0, "train.warm_up"),
+        ("train.early", 1.5, "train.early"),
+        ("train.ema", 1.0, "train.ema"),
+        ("train.label_smoothing", 1.0, "train.label_smoothing"),
+        ("train.threads", -1, "train.threads"),
+        ("augment.speed", 0.5, "augment.speed must be at least 1"),
+        ("augment.noise", -1.0, "augment.noise"),
+        ("augment.rotate", float("nan"), "augment.rotate"),
+        ("augment.scale", 1.0, "augment.scale"),
+        ("augment.cut_start", 1.1, "at most 1"),
+        ("augment.drop_joints", 0.1, "set model.missing = true"),
+        ("export.chunk", 0, "export.chunk"),
+        ("data.validation", {}, "data.validation is empty"),
+    ],
+)
+def test_faults_are_named_by_key(key: str, value: Any, message: str) -> None:
+    config: dict[str, Any] = settings(export={})
+    *sections, last = key.split(".")
+    inner = config
+    for section in sections:
+        inner = inner[section]
+    inner[last] = value
+    if (key, value) == ("data.validation", {}):
+        inner[last] = {}
+    with pytest.raises(ConfigError, match=message):
+        from_dict(config)
+
+
+@pytest.mark.parametrize("key", ["name", "data"])
+def test_what_must_be_there_is_named(key: str) -> None:
+    config = settings()
+    del config[key]
+    with pytest.raises(ConfigError, match=f"field '{key}' is missing"):
+        from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("seed=7", lambda c: c.seed == 7),
+        ("final=true", lambda c: c.final is True),
+        ("name=other", lambda c: c.name == "other"),
+        ('name="other"', lambda c: c.name == "other"),
+        ("train.learning_rate=1e-3", lambda c: c.train.learning_rate == 1e-3),
+        ("train.learning_rate=1", lambda c: c.train.learning_rate == 1.0),
+        ("train.label_smoothing = 0", lambda c: c.train.label_smoothing == 0),
+        ("data.path=/a b/c=d", lambda c: c.data.path == "/a b/c=d"),
+        ("data.path=", lambda c: c.data.path == ""),
+        ('data.test.subject=["d"]', lambda c: c.data.test == {"split": ["test"], "subject": ["d"]}),
+        ('data.test={subject=["d"]}', lambda c: c.data.test == {"subject": ["d"]}),
+        ("data.options.missing=true", lambda c: c.data.options["missing"] is True),
+        ("export.protocol=leave one out", lambda c: c.export.protocol == "leave one out"),
+    ],
+)
+def test_set_overrides_one_value(tmp_path: Path, override: str, read: Any) -> None:
+    assert read(load(write_config(tmp_path / "c.toml"), [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set seed: expected section.key=value"),
+        ("train.lr=1", "unknown field 'lr'"),
+        ("=1", "unknown field ''"),
+        ("name.first=x", "name is not a section"),
+        ("train.epochs=many", "config.train.epochs: expected int, got 'many'"),
+        ("model.layers=[1]", "config.model.layers: expected int"),
+    ],
+)
+def test_set_is_as_strict_as_the_file(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write_config(tmp_path / "c.toml"), [override])
+
+
+def test_later_overrides_win(tmp_path: Path) -> None:
+    assert load(write_config(tmp_path / "c.toml"), ["seed=1", "seed=2"]).seed == 2
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: no such file"):
+        load(tmp_path / "none.toml")
+    for content in (b"name = ", b"\xff\xfe", b"[data\n"):
+        (tmp_path / "bad.toml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"bad\.toml: not TOML"):
+            load(tmp_path / "bad.toml")
+    (tmp_path / "list.toml").write_text("name = 3")
+    with pytest.raises(ConfigError, match=r"list.toml: config: field 'data' is missing"):
+        load(tmp_path / "list.toml")
+
+
+def test_is_a_value() -> None:
+    assert from_dict(settings()) == from_dict(settings())
+    assert isinstance(from_dict(settings()), Config)

@@ -1,0 +1,229 @@
+"""A run: learns, is the same from the same seed, and goes on after a stop as if there had been none."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.indrnn import Recurrence
+from tests.training.synthetic import clip_set, config
+from training import checkpoint, loop
+from training.batches import Batch
+from training.checkpoint import BEST, LAST, CheckpointError, load
+from training.config import Config, ConfigError, TrainConfig
+from training.datasets.clips import ClipSet
+from training.evaluate import evaluate
+from training.loop import METRICS, Progress, TrainingDiverged, learning_rate, sequence_loss, train
+from training.splits import split
+
+GAPPY: dict[str, Any] = {"model": {"missing": True}, "augment": {"drop_joints": 0.3}}
+
+
+class Stop(BaseException):
+    """A power cut."""
+
+
+def fit(settings: Config, folder: Path, clips: ClipSet | None = None, *, resume: bool = False, stop: tuple[int, int] = (0, 0)) -> Path:
+    """Trains in `folder`; `stop` is the epoch and batch after which the power goes (batch 0: after the whole epoch)."""
+
+    def watch(progress: Progress) -> None:
+        if progress.epoch == stop[0] and (progress.batch == stop[1] if stop[1] else progress.row is not None):
+            raise Stop
+
+    parts = split(settings, clips or clip_set(48))
+    folder.mkdir(exist_ok=True)
+    return train(settings, parts.training, parts.validation, folder, resume=resume, watch=watch)
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """Everything that must be the same bit for bit: weights, running means, optimiser, metrics without their times."""
+    found = load(folder / LAST)
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    tensors = [*found.weights.items(), *found.training_weights.items()]
+    tensors += [(f"{i}.{name}", value) for i, state in found.optimizer["state"].items() for name, value in state.items()]
+    return (
+        found.epoch,
+        found.best,
+        [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+        {name: value.numpy().tobytes() for name, value in tensors},
+        {name: value.numpy().tobytes() for name, value in load(folder / BEST).weights.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    fit(config(**GAPPY), folder)
+    return folder
+
+
+@pytest.mark.parametrize("stop", [(1, 0), (2, 0), (3, 2), (4, 0), (2, 1)])
+def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path, uninterrupted: Path, stop: tuple[int, int]) -> None:
+    with pytest.raises(Stop):
+        fit(config(**GAPPY), tmp_path, stop=stop)
+    torch.rand(7)  # the world has moved on
+    fit(config(**GAPPY), tmp_path, resume=True)
+    assert outcome(tmp_path) == outcome(uninterrupted)
+
+
+@pytest.mark.parametrize("name", [BEST, LAST])
+@pytest.mark.parametrize("half_a_line", [False, True])
+def test_a_stop_between_the_files_of_an_epoch_loses_nothing(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, name: str, half_a_line: bool
+) -> None:
+    saved: list[int] = []
+
+    def save(state: checkpoint.Checkpoint, path: Path) -> None:
+        if path.name == name and state.epoch == 3:
+            raise Stop
+        saved.append(state.epoch)
+        checkpoint.save(state, path)
+
+    monkeypatch.setattr(loop, "save", save)
+    with pytest.raises(Stop):
+        fit(replace(config(**GAPPY)), tmp_path)
+    monkeypatch.undo()
+    if half_a_line:
+        rows = (tmp_path / METRICS).read_text()
+        (tmp_path / METRICS).write_text(rows[:-20])
+    assert max(saved) == 2 or name == LAST
+    fit(config(**GAPPY), tmp_path, resume=True)
+    assert outcome(tmp_path) == outcome(uninterrupted)
+
+
+def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path, uninterrupted: Path) -> None:
+    for name in (LAST, BEST, METRICS):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    assert fit(config(**GAPPY), tmp_path, resume=True) == tmp_path / BEST
+    assert outcome(tmp_path) == outcome(uninterrupted)
+
+
+def test_same_seed_same_bits_other_seed_other_bits(tmp_path: Path, uninterrupted: Path) -> None:
+    fit(config(**GAPPY), tmp_path / "again")
+    assert outcome(tmp_path / "again") == outcome(uninterrupted)
+    fit(config(**GAPPY, seed=1), tmp_path / "other")
+    assert outcome(tmp_path / "other")[3] != outcome(uninterrupted)[3]
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"train": {"epochs": 5}}, {"model": {"missing": True, "units": 9}}])
+def test_resuming_with_another_configuration_is_refused(tmp_path: Path, uninterrupted: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / LAST).write_bytes((uninterrupted / LAST).read_bytes())
+    with pytest.raises(CheckpointError, match="another configuration"):
+        fit(config(**GAPPY | changes), tmp_path, resume=True)
+
+
+def test_resuming_with_other_data_is_refused(tmp_path: Path, uninterrupted: Path) -> None:
+    (tmp_path / LAST).write_bytes((uninterrupted / LAST).read_bytes())
+    with pytest.raises(CheckpointError, match="other data"):
+        fit(config(**GAPPY), tmp_path, replace(clip_set(48), fps=15.0), resume=True)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"norm": "after"}, "train": {"epochs": 12}},
+        {"model": {"kind": "residual", "units": 16}, "train": {"epochs": 12}},
+        {"model": {"missing": True}, "train": {"epochs": 12, "early": 0.0}, "augment": {"drop_joints": 0.3}},
+    ],
+)
+def test_a_tiny_run_learns(tmp_path: Path, sections: dict[str, Any]) -> None:
+    clips = clip_set(120)
+    settings = config(**sections)
+    best = fit(settings, tmp_path, clips)
+    test = split(settings, clips).test
+    assert test is not None
+    assert evaluate(load(best).network(), test).accuracy > 0.85  # chance is a third
+    rows = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert load(best).best == max(row["validation_accuracy"] for row in rows)
+
+
+def test_the_best_epoch_is_kept_not_the_last(tmp_path: Path) -> None:
+    fit(config(train={"epochs": 6}), tmp_path)
+    rows = [json.loads(line)["validation_accuracy"] for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert load(tmp_path / BEST).epoch == max(i for i, value in enumerate(rows, 1) if value == max(rows))
+    assert load(tmp_path / LAST).epoch == 6
+
+
+def test_a_final_run_trains_on_everything_and_keeps_its_last_epoch(tmp_path: Path) -> None:
+    fit(config(final=True, train={"epochs": 2}), tmp_path)
+    assert load(tmp_path / BEST).epoch == 2
+    assert "validation_accuracy" not in (tmp_path / METRICS).read_text()
+
+
+@pytest.mark.parametrize("early", [0.0, 1.0])
+def test_clips_of_one_frame_train_and_count(tmp_path: Path, early: float) -> None:
+    settings, clips = config(train={"early": early, "epochs": 15}), clip_set(48, shortest=1, longest=1)
+    best = fit(settings, tmp_path, clips)
+    result = evaluate(load(best).network(), clips)
+    assert math.isfinite(result.loss)
+    assert result.accuracy > 0.85  # the second channel tells
+
+
+def test_recurrent_weights_end_inside_their_bound(tmp_path: Path) -> None:
+    network = load(fit(config(train={"learning_rate": 0.3, "epochs": 2}), tmp_path)).network()
+    recurrences = [module for module in network.modules() if isinstance(module, Recurrence)]
+    assert all(bool((r.u.abs() <= r.bound + 1e-6).all()) and r.bound < 1 for r in recurrences)
+
+
+def test_missing_values_need_a_model_that_takes_them(tmp_path: Path) -> None:
+    clips = clip_set(48)
+    clips.frames[0][2] = np.nan
+    with pytest.raises(ConfigError, match=r"values are missing in training clips: set model\.missing = true"):
+        fit(config(), tmp_path, clips)
+
+
+def test_divergence_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    whole = loop.sequence_loss
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return whole(*arguments) * (math.nan if calls > 4 else 1)
+
+    monkeypatch.setattr(loop, "sequence_loss", broken)
+    with pytest.raises(TrainingDiverged, match="loss is nan in epoch 2"):
+        fit(config(), tmp_path)
+    assert load(tmp_path / LAST).epoch == 1
+
+
+def _batch(lengths: list[int]) -> Batch:
+    return Batch(torch.zeros(len(lengths), max(lengths), 2), torch.tensor(lengths), torch.zeros(len(lengths), dtype=torch.int64))
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), early=st.floats(0, 1))
+def test_every_clip_counts_the_same_and_padding_nothing(lengths: list[int], early: float) -> None:
+    batch, options = _batch(lengths), TrainConfig(early=early, label_smoothing=0.0)
+    logits = torch.zeros(len(lengths), max(lengths), 4)
+    for row, n in enumerate(lengths):
+        logits[row, n:] = 50.0 * torch.tensor([-1.0, 1, 1, 1])
+    assert sequence_loss(logits, batch, options).item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_with_early_zero_the_first_step_is_forgiven_unless_it_is_the_only_one() -> None:
+    logits = torch.zeros(2, 3, 2)
+    logits[0, 0] = torch.tensor([-9.0, 9.0])
+    wrong = torch.tensor([-9.0, 9.0])
+    logits[1, 0] = wrong
+    loss = sequence_loss(logits, _batch([3, 1]), TrainConfig(early=0.0, label_smoothing=0.0))
+    assert loss.item() == pytest.approx((math.log(2) + 18) / 2, rel=1e-4)
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    options = TrainConfig(learning_rate=0.1, warm_up=0.2)
+    rates = [learning_rate(options, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1 / 20)
+    assert max(rates) == rates[19] == pytest.approx(0.1)
+    assert rates[19:] == sorted(rates[19:], reverse=True)
+    assert rates[-1] == pytest.approx(0.001, rel=0.2)
+    assert learning_rate(TrainConfig(learning_rate=0.1, warm_up=0.0), 0, 1) == pytest.approx(0.1)

@@ -1,0 +1,119 @@
+"""Which clips are for what; options of readers are checked before they are called."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.training.synthetic import clip_set, config, write_folder
+from training.config import ConfigError
+from training.datasets.clips import DataError
+from training.splits import Splits, describe, load, split
+
+
+def subjects(splits: Splits) -> list[set[str]]:
+    return [set(part.groups["subject"].tolist()) for part in (splits.training, splits.validation, splits.test) if part is not None]
+
+
+def test_parts_share_no_clip_and_lose_none() -> None:
+    splits = split(config(), clip_set(60))
+    assert subjects(splits) == [{"a", "b"}, {"c"}, {"d"}]
+    assert splits.validation is not None
+    assert splits.test is not None
+    assert len(splits.training) + len(splits.validation) + len(splits.test) == 60
+
+
+def test_a_final_run_trains_on_the_validation_part_too() -> None:
+    splits = split(config(final=True), clip_set(60))
+    assert splits.validation is None
+    assert subjects(splits) == [{"a", "b", "c"}, {"d"}]
+
+
+def test_a_clip_is_chosen_when_all_groups_agree() -> None:
+    splits = split(config(data={"test": {"split": ["test"], "subject": ["c"]}}), clip_set(60))
+    assert splits.test is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"test": {"view": ["1"]}}, "no group 'view'; there are: subject, split"),
+        ({"test": {"subject": ["d", "x"]}}, "no clip has subject 'x'; there are: a, b, c, d"),
+        ({"validation": {"subject": ["d"]}}, "no clip has subject 'd'; there are: a, b, c"),
+        ({"test": {"split": ["train", "test"]}}, "every clip is a test clip"),
+        ({"validation": {"subject": ["a", "b", "c"]}}, "holds out 45 of 45 training clips"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split(config(data=data), clip_set(60))
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_class_without_training_clips_is_refused(final: bool) -> None:
+    clips = clip_set(60)
+    keep = (clips.labels != 1) | (clips.groups["split"] == "test")
+    with pytest.raises(DataError, match="no training clip is left of class 'falling'"):
+        split(config(final=final), clips.take(np.flatnonzero(keep)))
+
+
+def test_a_part_is_asked_for_by_name() -> None:
+    splits = split(config(final=True), clip_set(60))
+    assert splits.named("training") is splits.training
+    with pytest.raises(DataError, match="this run has no validation split"):
+        splits.named("validation")
+    for name in ("tests", "named", "__class__"):
+        with pytest.raises(DataError, match="there are: training, validation, test"):
+            splits.named(name)
+
+
+def test_says_what_was_chosen_on_which_part() -> None:
+    assert describe(config()) == "epoch and configuration chosen on subject c of the training data, held out"
+    assert "trained on all training data" in describe(config(final=True))
+    assert "nothing was chosen" in describe(config(final=True, data={"validation": {}}))
+
+
+def test_reads_what_the_configuration_names(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "clips", clip_set(24))
+    splits = load(config(data={"path": str(folder)}))
+    assert [len(splits.training), len(splits.named("validation")), len(splits.named("test"))] == [12, 6, 6]
+
+
+def test_options_become_what_the_reader_takes(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "clips", clip_set(24))
+    source = {"name": "mine", "terms": "free", "citation": "me"}
+    splits = load(config(data={"path": str(folder), "options": {"units": "m", "fps": 30, "frame_shape": [2], "missing": True, "source": source}}))
+    assert splits.training.source.name == "mine"
+    assert splits.training.fps == 30.0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"reader": "os"}, "data.reader 'os' is unknown; there are: clip_folder, finger_points"),
+        ({"path": ""}, "data.path is not set"),
+        ({"options": {"units": "m", "rate": 30}}, "data.options.rate is unknown to clip_folder; there are: units, fps"),
+        ({"options": {"fps": 30.0}}, "data.options.units is missing: clip_folder needs it"),
+        ({"options": {"units": 3}}, "data.options.units: expected str"),
+        ({"options": {"units": "m", "fps": "fast"}}, "data.options.fps: expected float"),
+        ({"options": {"units": "m", "frame_shape": 2}}, "data.options.frame_shape: expected a list"),
+        ({"options": {"units": "m", "source": {"name": "x"}}}, "data.options.source: field 'citation' is missing"),
+        ({"reader": "finger_points", "options": {"lost": "no"}}, "data.options.lost: 'no' is none of"),
+        ({"reader": "uea", "options": {"test": 3}}, "data.options.test: expected str"),
+        ({"options": {"units": "m", "path": "x"}}, "data.options.path is unknown"),
+    ],
+)
+def test_options_the_reader_does_not_take_are_named(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    value = config()
+    changed = {"reader": value.data.reader, "path": str(tmp_path), "options": value.data.options} | data
+
+    with pytest.raises(ConfigError, match=message):
+        load(replace(value, data=replace(value.data, **changed)))
+
+
+def test_evaluation_options_change_validation_and_test_alone(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "clips", clip_set(24))
+    splits = load(config(data={"path": str(folder), "evaluation_options": {"units": "feet"}}))
+    assert [splits.training.units, splits.named("validation").units, splits.named("test").units] == ["metres", "feet", "feet"]
