@@ -14,7 +14,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from tests.service.conftest import Server
+from tests.server_process import Server
 from tests.toy_models import CHANNELS, EXPLOSIVE, GAPPY, SKELETON, example_frames
 
 STATUS = {

@@ -21,7 +21,7 @@ import pytest
 from service import player
 from service.client import Client, Model
 from service.player import PlayerError, Recording, find_recording, fit, read_recording
-from tests.service.conftest import ROOT, Server
+from tests.server_process import ROOT, Server
 from tests.toy_models import CHANNELS, EXPLOSIVE, SKELETON, example_frames
 
 WITHIN_S = 60.0

@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from service import protocol
-from tests.service.conftest import ROOT, Server
+from tests.server_process import ROOT, Server
 from tests.toy_models import CHANNELS, example_frames
 
 CLIP = example_frames(CHANNELS, 20)

@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from service import protocol
-from tests.service.conftest import Server
+from tests.server_process import Server
 from tests.toy_models import CHANNELS, SKELETON, example_frames
 
 CLIP = example_frames(CHANNELS, 150, seed=11)
