@@ -59,6 +59,12 @@ def test_equal_generators_give_equal_batches_and_others_do_not() -> None:
     assert epoch(1) != epoch(2)
 
 
+def test_stretches_of_a_long_clip_start_anywhere() -> None:
+    rng = np.random.default_rng(0)
+    starts = {int(row[0, 1]) for _ in range(60) for batch in training_batches(numbered([12]), 4, NOTHING, 8, rng) for row in batch.frames}
+    assert starts == {0, 1, 2, 3, 4}
+
+
 def test_clips_of_similar_length_share_a_batch() -> None:
     clips = numbered([n for n in range(1, 65) for _ in range(2)])
     batches = list(training_batches(clips, 16, NOTHING, 64, np.random.default_rng(0)))

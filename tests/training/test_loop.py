@@ -98,6 +98,17 @@ def test_a_stop_between_the_files_of_an_epoch_loses_nothing(
     assert outcome(tmp_path) == outcome(uninterrupted)
 
 
+def test_a_resumed_run_remembers_what_was_best(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        fit(config(), tmp_path, stop=(2, 0))
+    unbeatable = replace(load(tmp_path / LAST), best=2.0)
+    for name in (LAST, BEST):
+        checkpoint.save(unbeatable, tmp_path / name)
+    fit(config(), tmp_path, resume=True)
+    assert load(tmp_path / BEST).epoch == 2
+    assert (load(tmp_path / LAST).epoch, load(tmp_path / LAST).best) == (4, 2.0)
+
+
 def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path, uninterrupted: Path) -> None:
     for name in (LAST, BEST, METRICS):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
