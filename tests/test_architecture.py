@@ -30,13 +30,13 @@ LAYERS = {
     ],
     "service": [
         ["errors", "metrics", "logs"],
-        ["settings", "options"],
+        ["settings", "options", "client_values", "client_errors"],
         ["engine", "batcher", "sessions", "protocol", "frames", "gate"],
-        ["catalog", "runner", "bodies", "schemas"],
-        ["predictor"],
-        ["routes", "open_inference", "streaming", "client"],
-        ["app", "player"],
-        ["server"],
+        ["catalog", "runner", "bodies", "schemas", "client_ledger", "client_socket"],
+        ["predictor", "client_stream"],
+        ["routes", "open_inference", "streaming", "client_async"],
+        ["app", "client"],
+        ["server", "player"],
         ["__main__"],
     ],
 }
@@ -54,7 +54,13 @@ OUTSIDE = {
         "prometheus_client", "structlog", "typer", "rich",
     },
     "service.engine": {"model.contract", "numpy", "onnxruntime"},
-    "service.client": {"numpy", "httpx", "websockets"},
+    "service.client": {"numpy"},
+    "service.client_async": {"numpy", "httpx"},
+    "service.client_errors": set(),
+    "service.client_ledger": {"numpy"},
+    "service.client_socket": {"websockets"},
+    "service.client_stream": {"numpy", "websockets"},
+    "service.client_values": {"numpy"},
 }  # fmt: skip
 
 

@@ -495,6 +495,14 @@ def test_a_token_is_sent_everywhere(start: Any) -> None:
 # Without an event loop
 
 
+@pytest.mark.parametrize("example", [0, 1])
+def test_the_examples_of_the_readme_run_as_written(server: Server, example: int, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = Path(__file__).resolve().parents[2] / "service" / "README.md"
+    code = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)[example]
+    exec(code.replace("http://127.0.0.1:8000", server.url), {})
+    assert len(capsys.readouterr().out.splitlines()) == [101, 10][example]
+
+
 def test_the_plain_client_does_the_same(server: Server) -> None:
     frames = example_frames(CHANNELS, 100)
     with Client(server.url) as client:
@@ -560,5 +568,5 @@ def test_sessions_over_rest(server: Server) -> None:
 
 def test_the_service_does_not_import_its_client() -> None:
     root = Path(__file__).resolve().parents[2] / "service"
-    importing = {path.name for path in root.glob("*.py") if "service.client import" in path.read_text()}
-    assert importing <= {"client.py", "player.py"}
+    importing = {path.name for path in root.glob("*.py") if "from service.client" in path.read_text()}
+    assert {name for name in importing if not name.startswith("client")} <= {"player.py"}

@@ -1,0 +1,118 @@
+"""The asynchronous client: the calls of a service, and its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+from urllib.parse import quote, urlsplit
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from service.client_errors import ClientError, Unreachable, http_refusal, nobody_at
+from service.client_socket import Dialer
+from service.client_stream import AsyncStream
+from service.client_values import TOP, Answer, Model, Retry
+
+ScoresOption = Literal["last", "all", "none"]
+
+
+class AsyncClient:
+    """Talks to one service. Use it as `async with`.
+
+    Calls raise the service's errors as classes of `service.errors`, and `Unreachable`.
+    """
+
+    def __init__(self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout_s: float = 30.0, retry: Retry | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ClientError(f"{url!r} is no address of a service; it looks like http://127.0.0.1:8000")
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._timeout_s = timeout_s
+        self._retry = retry or Retry()
+        self._http = httpx.AsyncClient(base_url=self.url, headers=self._headers, timeout=timeout_s)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def models(self) -> list[dict[str, Any]]:
+        """A summary of each: name, version, frame shape, ..."""
+        return list((await self._call("GET", "/v1/models"))["models"])
+
+    async def model(self, name: str, version: str | None = None) -> Model:
+        return Model.from_json(await self._call("GET", f"/v1/models/{_part(name)}", version=version))
+
+    async def predict(
+        self, name: str, frames: npt.ArrayLike, *, version: str | None = None, layout: str | None = None, scores: ScoresOption = "last", top_k: int = TOP
+    ) -> Answer:
+        """Classifies a clip (count, *frame_shape) on its own; NaN is missing."""
+        query = {"version": version, "layout": layout, "scores": scores, "top_k": top_k}
+        return Answer.from_json(await self._call("POST", f"/v1/models/{_part(name)}/predict", frames, **query))
+
+    def stream(
+        self,
+        name: str,
+        *,
+        version: str | None = None,
+        session: str | None = None,
+        ack: int | None = None,
+        fps: float | None = None,
+        layout: str | None = None,
+        scores: Literal["last", "all"] = "all",
+    ) -> AsyncStream:
+        """A stream on a new session, or on `session`; then `ack` asks for its kept answers from that frame on."""
+        given = {"version": version, "session": session, "ack": ack, "fps": fps, "layout": layout, "scores": scores, "answers": "binary"}
+        dialer = Dialer(self.url, f"/v1/models/{_part(name)}/stream", self._headers, self._timeout_s)
+        return AsyncStream(dialer, _given(given), self._retry)
+
+    # Sessions over REST: for programs that post frames now and then.
+
+    async def open_session(self, name: str, *, version: str | None = None, layout: str | None = None) -> dict[str, Any]:
+        """A new session; `session` in the result is its id, `next_frame` the number of its first frame."""
+        return await self._call("POST", f"/v1/models/{_part(name)}/sessions", version=version, layout=layout)
+
+    async def session(self, session: str) -> dict[str, Any]:
+        return await self._call("GET", f"/v1/sessions/{_part(session)}")
+
+    async def advance(
+        self, session: str, first: int, frames: npt.ArrayLike, *, ack: int | None = None, scores: ScoresOption = "last", top_k: int = TOP
+    ) -> Answer:
+        """Sends frames (count, *frame_shape) of which the first has number `first`; may be repeated when the answer was lost."""
+        query = {"first": first, "ack": ack, "scores": scores, "top_k": top_k}
+        return Answer.from_json(await self._call("POST", f"/v1/sessions/{_part(session)}/frames", frames, **query))
+
+    async def reset_session(self, session: str, at: int) -> None:
+        await self._call("POST", f"/v1/sessions/{_part(session)}/reset", json_body={"at": at})
+
+    async def close_session(self, session: str) -> None:
+        await self._call("DELETE", f"/v1/sessions/{_part(session)}")
+
+    async def _call(self, method: str, path: str, frames: npt.ArrayLike | None = None, json_body: Any = None, **query: Any) -> dict[str, Any]:
+        body: dict[str, Any] = {} if json_body is None else {"json": json_body}
+        if frames is not None:
+            body = {"content": np.ascontiguousarray(frames, "<f4").tobytes(), "headers": {"Content-Type": "application/octet-stream"}}
+        try:
+            response = await self._http.request(method, path, params=_given(query), **body)
+        except httpx.TimeoutException:
+            raise Unreachable(f"{self.url} did not answer within {self._timeout_s:g} s") from None
+        except httpx.TransportError as error:
+            raise nobody_at(self.url, error) from None
+        if response.is_success:
+            return dict(response.json()) if response.content else {}
+        raise http_refusal(response.status_code, response.content)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _part(name: str) -> str:
+    return quote(name, safe="")

@@ -1,0 +1,176 @@
+"""The books of a stream, in numbers of frames: what to write next, what to keep for a lost connection, which answers are new. No I/O."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from service import protocol
+from service.client_values import Frames
+from service.errors import Empty, Gap, WrongShape
+
+
+def as_frames(frames: npt.ArrayLike, shape: tuple[int, ...]) -> Frames:
+    """Frames (count, *shape), of one frame (*shape) too. A copy: they may be sent again when the caller has long reused his buffer."""
+    array = np.array(frames, np.float32, order="C")
+    if array.shape == shape:
+        array = array[None]
+    if array.shape[1:] != shape:
+        raise WrongShape(f"expected frames of shape (count, {', '.join(map(str, shape))}), got {array.shape}")
+    if not len(array):
+        raise Empty("no frames: send at least one")
+    return array
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    first: int
+    frames: Frames
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.frames)
+
+    def message(self, taken: int) -> bytes | None:
+        """What a server that has taken frames below `taken` still needs of it."""
+        known = max(0, taken - self.first)
+        return protocol.write_frames(self.first + known, self.frames[known:]) if known < len(self.frames) else None
+
+
+@dataclass(frozen=True)
+class _Reset:
+    first: int  # its place: frames before it belong to the old movement
+
+    @property
+    def end(self) -> int:
+        return self.first
+
+    def message(self, taken: int) -> str | None:
+        return json.dumps({"type": "reset", "at": self.first}) if taken <= self.first else None  # repeating one does nothing
+
+
+class Ledger:
+    """One stream over all its connections; each begins with `resume`, and `message` is what to write to it.
+
+    Frames below `read` were answered and the answers read, below `received` answered, below `next_frame` handed over.
+    """
+
+    def __init__(self, next_frame: int = 0, read: int = 0, window: int = 1, *, every: bool = True) -> None:
+        self.window = window
+        self.next_frame = next_frame
+        self.read = self.received = read
+        self._begin = next_frame
+        self._every = every  # answers are for each frame; else for the last of each message
+        self._unread = 0  # answers
+        self._durable: int | None = None  # frames below survive the server's end; None: it promises nothing, its memory counts
+        self._kept: deque[_Chunk | _Reset] = deque()  # until the server has it for good
+        self._waiting: deque[_Chunk | _Reset] = deque()  # to be written to this connection
+        self._taken = next_frame  # frames below are known to the server of this connection
+        self._acked = 0  # what it was told to be read
+        self._farewell = self._closed = False
+
+    # ---- what the program does
+
+    def fits(self, count: int) -> bool:
+        """Whether `count` more frames may be handed over."""
+        return self.next_frame + count - self.read <= self.window
+
+    def put(self, frames: Frames) -> None:
+        self._put(_Chunk(self.next_frame, frames))
+
+    def reset(self) -> None:
+        self._put(_Reset(self.next_frame))
+
+    def mark_read(self, frame: int) -> None:
+        """The oldest unread answer, that of `frame`, was read."""
+        self._unread -= 1
+        self.read = frame + 1
+        self._settle()
+
+    def close(self) -> None:
+        """After what was handed over comes the farewell, and nothing after it."""
+        self._farewell = True
+
+    # ---- what the connection does
+
+    def resume(self, next_frame: int) -> None:
+        """A new connection to a server that has taken `next_frame` frames.
+
+        Raises `Gap` where it has lost frames that are no longer kept here, or has frames that were never sent from here.
+        """
+        oldest = self._kept[0].first if self._kept else self.next_frame
+        if not oldest <= next_frame <= self.next_frame:
+            raise Gap(f"the session came back at frame {next_frame}, this client has frames {oldest} to {self.next_frame}", next_frame=next_frame)
+        self._taken, self._acked = next_frame, 0
+        self._waiting = deque(self._kept)
+
+    def message(self) -> str | bytes | None:
+        """The next message to write; None: nothing for now."""
+        if self._closed:
+            return None
+        if self._owes_ack():
+            self._acked = self._readable
+            return protocol.HEADER.pack(protocol.VERSION, protocol.KIND_ACK, 0, 0, self._acked)
+        while self._waiting and not self._overdrawn:
+            if (message := self._waiting.popleft().message(self._taken)) is not None:
+                return message
+        if self._farewell and not self._waiting:
+            self._closed = True
+            return json.dumps({"type": "close"})
+        return None
+
+    def take(self, first: int, count: int) -> list[int]:
+        """Answers of frames [first, first + count) came; returns the frames whose answers are new and were asked for."""
+        end = first + count
+        new = list(range(max(first, self.received), end))
+        if not self._every:  # a server that comes back sends all it kept
+            ends = {self._begin, *(item.end for item in self._kept)}
+            new = [frame for frame in new if frame + 1 in ends]
+        self._unread += len(new)
+        self._taken = max(self._taken, end)
+        self.received = max(self.received, end)
+        self._settle()
+        return new
+
+    def forgo(self, kept_from: int) -> None:
+        """Answers of frames below `kept_from` will not come any more."""
+        self.received = max(self.received, kept_from)
+        self._settle()
+
+    def secure(self, frame: int) -> None:
+        """The server promises that frames below survive its end."""
+        self._durable = frame
+        self._settle()
+
+    # ---- inside
+
+    def _put(self, item: _Chunk | _Reset) -> None:
+        self._kept.append(item)
+        self._waiting.append(item)
+        self.next_frame = item.end
+
+    @property
+    def _readable(self) -> int:
+        """The ack that the server understands: one that came back at an older frame answers again what was read before."""
+        return min(self.read, self._taken)
+
+    @property
+    def _overdrawn(self) -> bool:
+        """Whether the next item lies beyond the credit, which the server counts from the last ack."""
+        return self._waiting[0].end - self._acked > self.window
+
+    def _owes_ack(self) -> bool:
+        unsaid = self._readable - self._acked
+        return unsaid >= max(1, self.window // 4) or (unsaid > 0 and bool(self._waiting) and self._overdrawn)
+
+    def _settle(self) -> None:
+        """Drops what the server will never need again: answered, and durable where the server promises that."""
+        if not self._unread:
+            self.read = self.received
+        safe = self.read if self._durable is None else min(self.read, self._durable)
+        while self._kept and self._kept[0].end <= safe and (isinstance(self._kept[0], _Chunk) or len(self._kept) > 1):
+            self._kept.popleft()

@@ -1,0 +1,300 @@
+"""A stream that outlives its socket: one session on one websocket after another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from websockets.exceptions import ConnectionClosed
+
+from service import errors, protocol
+from service.client_errors import StreamClosed, Unreachable, error_from
+from service.client_ledger import Ledger, as_frames
+from service.client_socket import Dialer, Socket, refusal
+from service.client_values import Answer, Retry, Source, pieces
+from service.errors import ServiceError
+
+_GOODBYE_S = 5.0  # how long a server may take to confirm `close`
+# Refusals that end by themselves; nothing was changed by what was refused. A gap is one of them: a message under way when the connection was
+# lost may take effect after `opened`, so that what was sent again comes too late; the next `opened` counts it.
+_PASSING = (errors.Unavailable, errors.TooMany, errors.Deadline, errors.Gap)
+
+
+class AsyncStream:
+    """One session on a websocket that comes back when it is lost. Made by `AsyncClient.stream`; use it as `async with`.
+
+    Frames sent whose answers are not yet read are at most `window`: beyond it `send` waits until answers are read, so read while you
+    send, as `play` does. Every answer is delivered once and in order, whatever happens to the connection.
+
+    Everything raises `ServiceError` (what the server refuses), `Unreachable` (the connection did not come back), `StreamClosed`.
+    """
+
+    def __init__(self, dialer: Dialer, options: Mapping[str, Any], retry: Retry) -> None:
+        self.session = ""
+        self.model = self.version = self.task = ""
+        self.classes: tuple[str, ...] = ()
+        self.frame_shape: tuple[int, ...] = ()
+        self.fps = 0.0
+        self.window = 1  # frames
+        self.warnings: list[str] = []  # what the server says one should know of this model or stream
+        self.reconnects = 0
+        self.connected = False
+        self._dialer, self._options, self._retry = dialer, options, retry
+        self._ledger = Ledger()
+        self._turn = asyncio.Lock()  # one `send` at a time
+        self._inbox: deque[Answer] = deque()
+        self._most = 1  # frames in a message
+        self._attempt = 0  # to come back, since the last answer
+        self._not_before = 0.0  # the server asked to wait until then, on time.monotonic's clock
+        self._reason = "it is lost again whenever it is back"
+        self._failure: Exception | None = None
+        self._closing = False
+        self._news = asyncio.Event()
+        self._pump: asyncio.Task[None] | None = None
+
+    @property
+    def next_frame(self) -> int:
+        """Number of the next frame: how many have been handed to `send` over the session's life."""
+        return self._ledger.next_frame
+
+    # ---- opening and closing
+
+    async def __aenter__(self) -> Self:
+        socket, opened = await self._dialer.open(self._options)
+        self._note(opened)
+        begin = opened["next_frame"]
+        self._ledger = Ledger(begin, min(self._options.get("ack", begin), begin), self.window, every=self._options.get("scores") != "last")
+        self._pump = asyncio.create_task(self._run(socket, begin))
+        try:
+            await self._until(lambda: self.connected)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self, *, keep: bool = False) -> None:
+        """Ends the stream and its session; `keep=True` leaves the session on the server, where its id opens it again until it expires.
+
+        A server that is away, or does not answer soon, forgets the session by itself.
+        """
+        if self._pump is None:
+            return
+        self._closing = True
+        try:
+            if self.connected and not keep:
+                self._ledger.close()
+                self._news.set()
+                await asyncio.wait([self._pump], timeout=_GOODBYE_S)
+        finally:  # whoever cannot wait for the goodbye leaves nothing running
+            self._pump.cancel()
+            self._failure = self._failure or StreamClosed("this stream was closed")
+            self._news.set()
+        await asyncio.wait([self._pump])
+
+    def _note(self, opened: dict[str, Any]) -> None:
+        self.session = opened["session"]
+        self.window = self._ledger.window = opened["window"]
+        self.model, self.version, self.task = opened["model"], opened["version"], opened["task"]
+        self.classes, self.frame_shape = tuple(opened["classes"]), tuple(opened["frame_shape"])
+        self.fps = opened["options"]["fps"]
+        frame_bytes = 4 * math.prod(self.frame_shape)
+        self._most = max(1, min(self.window, (opened["limits"]["message_bytes"] - protocol.HEADER.size) // frame_bytes))
+        if (warning := opened.get("warning")) and warning not in self.warnings:
+            self.warnings.append(warning)
+
+    # ---- the pump: one connection after another
+
+    async def _run(self, socket: Socket, next_frame: int) -> None:
+        try:
+            while not await self._serve(socket, next_frame):
+                socket, next_frame = await self._come_back()
+            self._failure = StreamClosed("the stream was closed")
+        except Exception as error:
+            self._failure = error
+        finally:
+            self._news.set()
+
+    async def _serve(self, socket: Socket, next_frame: int) -> bool:
+        """Uses one socket to its end. True: closed as agreed; False: lost, to come back; raises what the server refuses for good."""
+        began = time.monotonic()
+        try:
+            self._ledger.resume(next_frame)
+            if await self._converse(socket):
+                return True
+        finally:
+            await socket.close()
+        if time.monotonic() - began > self._retry.longest_s:
+            self._attempt = 0
+        return self._closing
+
+    async def _converse(self, socket: Socket) -> bool:
+        writer = asyncio.create_task(self._write(socket))
+        self.connected = True
+        self._news.set()
+        try:
+            return await self._listen(socket)
+        except _PASSING as error:
+            self._wait(error)
+            return False
+        finally:
+            self.connected = False
+            writer.cancel()
+            await asyncio.wait([writer])
+
+    async def _write(self, socket: Socket) -> None:
+        """The only one who writes to the socket, so that nothing is cut off, doubled or overtaken by whoever is cancelled elsewhere."""
+        with suppress(ConnectionClosed):  # who listens sees it too
+            while True:
+                while (message := self._ledger.message()) is None:
+                    self._news.clear()
+                    await self._news.wait()
+                await socket.send(message)
+
+    async def _listen(self, socket: Socket) -> bool:
+        """Acts on messages. True: the last one came; False: the connection was lost; raises what the server refuses."""
+        try:
+            async for message in socket:
+                if self._take(message):
+                    return True
+        except ConnectionClosed as closed:
+            error = refusal(closed)
+            if isinstance(error, ServiceError) and not self._closing:
+                raise error from None
+        return False
+
+    def _wait(self, error: ServiceError) -> None:
+        self._reason, self._not_before = str(error), time.monotonic() + error.facts.get("retry_after", 0)
+
+    async def _come_back(self) -> tuple[Socket, int]:
+        """Attaches to the session again; raises `Unreachable` after the last attempt, or what the server refuses."""
+        while self._attempt < self._retry.attempts:
+            await asyncio.sleep(max(self._retry.pause_s(self._attempt), self._not_before - time.monotonic()))
+            self._attempt += 1
+            try:  # all scores: of the answers it kept the server would else send the last alone
+                socket, opened = await self._dialer.open({**self._options, "scores": "all", "session": self.session, "ack": self._ledger.read})
+            except _PASSING as error:
+                self._wait(error)
+            except Unreachable as error:
+                self._reason = str(error)
+            else:
+                self._note(opened)
+                self.reconnects += 1
+                return socket, opened["next_frame"]
+        raise Unreachable(f"the connection was lost and {self._attempt} attempts to come back failed: {self._reason}")
+
+    def _take(self, message: str | bytes) -> bool:
+        """Acts on one message; whether it was the last."""
+        if isinstance(message, bytes):
+            self._take_scores(message)
+            return False
+        value = json.loads(message)
+        match value.get("type"):
+            case "error" | "draining":
+                raise error_from(value)
+            case "warning":
+                self.warnings.append(value["warning"])
+                self._ledger.forgo(value.get("kept_from", 0))
+            case "durable":
+                self._ledger.secure(value["frame"])
+        self._news.set()
+        return bool(value.get("type") == "closed")
+
+    def _take_scores(self, message: bytes) -> None:
+        _, kind, _, count, first = protocol.HEADER.unpack_from(message)
+        if kind != protocol.KIND_SCORES or not count:
+            return
+        scores = np.frombuffer(message, "<f4", offset=protocol.HEADER.size).reshape(count, -1)
+        classes = self.classes if self.task == "classification" else ()
+        self._inbox.extend(Answer.from_scores(frame, self.fps, scores[frame - first], classes) for frame in self._ledger.take(first, count))
+        self._attempt = 0
+        self._news.set()
+
+    # ---- sending and reading
+
+    async def send(self, frames: npt.ArrayLike) -> int:
+        """Hands over frames (count, *frame_shape), or one (*frame_shape); NaN is missing. Returns the number of the first.
+
+        Waits while `window` frames are sent whose answers are not read. More frames than that go in several messages.
+        """
+        array = as_frames(frames, self.frame_shape)
+        async with self._turn:
+            first = self.next_frame
+            for start in range(0, len(array), self._most):
+                piece = array[start : start + self._most]
+                await self._room(len(piece))
+                self._ledger.put(piece)
+                self._news.set()
+            return first
+
+    async def reset(self) -> None:
+        """Forgets the movement so far: the next frame is the first of a new one. Numbering goes on."""
+        async with self._turn:
+            await self._room(0)
+            self._ledger.reset()
+            self._news.set()
+
+    async def _room(self, count: int) -> None:
+        """Waits until `count` more frames fit into the window of a stream that is open."""
+        await self._until(lambda: self._failure is None and not self._closing and self._ledger.fits(count))
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Answer:
+        """The next answer; waits for it without end while the stream is open. Stops when the stream was closed."""
+        try:
+            await self._until(lambda: bool(self._inbox))
+        except StreamClosed:
+            raise StopAsyncIteration from None
+        return self._pop()
+
+    async def play(self, source: Source, *, chunk: int = 1) -> AsyncGenerator[Answer, None]:
+        """Sends a whole source and yields its answers, until the last; what the source raises comes out here.
+
+        `source` is an array of frames, sent `chunk` at a time, or an iterable, best asynchronous, of chunks as for `send`; its own pace is kept.
+        """
+        feeder = asyncio.create_task(self._feed(pieces(source, chunk)))
+        feeder.add_done_callback(lambda _: self._news.set())
+
+        def over() -> bool:
+            return feeder.done() and (self._ledger.received >= self.next_frame or feeder.exception() is not None)
+
+        try:
+            while True:
+                await self._until(lambda: bool(self._inbox) or over())
+                if not self._inbox:
+                    break
+                yield self._pop()
+            await feeder
+        finally:
+            feeder.cancel()
+            await asyncio.gather(feeder, return_exceptions=True)
+
+    async def _feed(self, chunks: AsyncIterator[npt.ArrayLike]) -> None:
+        async for piece in chunks:
+            await self.send(piece)
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        """Waits until something holds; raises the stream's failure where it can no longer come to hold."""
+        while not holds():
+            if self._failure is not None:
+                raise self._failure
+            self._news.clear()
+            await self._news.wait()
+
+    def _pop(self) -> Answer:
+        answer = self._inbox.popleft()
+        self._ledger.mark_read(answer.frame)
+        self._news.set()
+        return answer

@@ -1,0 +1,108 @@
+"""The values of the client: what it is given to send and to heed, an answer, a model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Frames = npt.NDArray[np.float32]
+Scores = npt.NDArray[np.float32]
+Source = Frames | Iterable[npt.ArrayLike] | AsyncIterable[npt.ArrayLike]
+
+TOP = 5  # classes in an answer's `top`
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How a lost stream comes back: pauses double from `first_s` to `longest_s`; `attempts` in a row without an answer are the end."""
+
+    attempts: int = 10
+    first_s: float = 0.1
+    longest_s: float = 5.0
+
+    def pause_s(self, attempt: int) -> float:
+        """Before attempt 0, 1, ...; up to half of it is chance, so that many clients do not come back at once."""
+        return float(min(self.longest_s, self.first_s * 2.0**attempt) * random.uniform(0.5, 1.0))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a served model is; `info` is all that the service tells of it, `info["manifest"]` the manifest."""
+
+    name: str
+    version: str
+    task: str
+    frame_shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    fps: float
+    layout: str | None
+    info: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Model:
+        manifest = value["manifest"]
+        return cls(
+            name=value["name"],
+            version=value["version"],
+            task=manifest["task"],
+            frame_shape=tuple(manifest["frame_shape"]),
+            classes=tuple(manifest["classes"]),
+            fps=manifest["fps"],
+            layout=manifest["layout"],
+            info=value,
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says at one frame of a stream, or at the last frame of a clip or message.
+
+    `label`, `score` and `top` (best first) exist for classification only. `scores` has shape (classes,); (count, classes) where a call
+    asked for `scores="all"`; None where it asked for none.
+    """
+
+    frame: int  # of the stream, as the client counts
+    time: float  # seconds of the stream since its frame 0
+    label: str | None
+    score: float | None
+    top: tuple[tuple[str, float], ...] = field(repr=False)
+    scores: Scores | None = field(repr=False)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Answer:
+        scores = value.get("scores")
+        return cls(
+            frame=value["frame"],
+            time=value["time"],
+            label=value.get("label"),
+            score=value.get("score"),
+            top=tuple((entry["label"], entry["score"]) for entry in value.get("top", ())),
+            scores=None if scores is None else np.array(scores, np.float32),
+        )
+
+    @classmethod
+    def from_scores(cls, frame: int, fps: float, scores: Scores, classes: tuple[str, ...]) -> Answer:
+        """The answer that scores (classes,) stand for; without `classes` they are no classification."""
+        if not classes:
+            return cls(frame, frame / fps, None, None, (), scores)
+        order = np.argsort(-scores, kind="stable")[:TOP]
+        top = tuple((classes[index], float(scores[index])) for index in order.tolist())
+        return cls(frame, frame / fps, *top[0], top, scores)
+
+
+async def pieces(source: Source, chunk: int) -> AsyncIterator[npt.ArrayLike]:
+    """What a source gives, one after another; an array gives `chunk` frames at a time."""
+    if isinstance(source, AsyncIterable):
+        async for piece in source:
+            yield piece
+    elif isinstance(source, np.ndarray):
+        for start in range(0, len(source), chunk):
+            yield source[start : start + chunk]
+    else:
+        for piece in source:
+            yield piece
