@@ -16,7 +16,7 @@ LOCK = .venv-lock
 export ORT_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL = help
-.PHONY: help serve dev test test-service lint bench lock clean
+.PHONY: help serve dev test test-service lint bench models lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -25,7 +25,7 @@ help: ## this list
 	@echo '  ARGS="..."              more for the command: options of `python -m service`, of pytest or of the benchmark'
 	@echo '  TORCH_PIP_ARGS="..."    where pip finds torch: on Linux PyPI has the CUDA build (gigabytes); the CPU build is at'
 	@echo '                          TORCH_PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu"'
-	@echo "  INDRNN_DATA=DIR         environment: the data sets that tests of training read; without it those are skipped"
+	@echo "  TRAINING_DATA=DIR         environment: the data sets that tests of training read; without it those are skipped"
 
 serve: $(SERVE)/.installed ## run the service on 127.0.0.1:8000 (PORT=8001; DEVICE=gpu for an NVIDIA GPU); Ctrl-C ends it
 	@$(SERVE)/bin/python -m service $(if $(filter gpu,$(DEVICE)),--device cuda) $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -44,6 +44,20 @@ lint: $(DEV)/.installed ## ruff and mypy
 
 bench: $(TEST_SERVICE)/.installed ## frames a second and latencies of the service, beside its limits (ARGS=--quick)
 	@$(TEST_SERVICE)/bin/python -m tests.bench $(ARGS)
+
+models: $(DEV)/.installed ## train and export the shipped models again: UI_PRMD=ui-prmd-kinect-xyz.npz FINGER_POINTS=point_history.csv.gz
+	@test -n "$(UI_PRMD)" && test -n "$(FINGER_POINTS)" || { echo "say where the data lies: make models UI_PRMD=.../ui-prmd-kinect-xyz.npz FINGER_POINTS=.../point_history.csv.gz"; exit 2; }
+	$(call shipped,rehab-exercises,$(UI_PRMD),3)
+	$(call shipped,finger-gestures,$(FINGER_POINTS),4)
+
+# Name, data, digits kept in the sample recordings. Runs are kept in build/runs.
+define shipped
+	rm -rf build/runs/$(1)
+	$(DEV)/bin/python -m training train training/configs/$(1).toml --data "$(2)" --out build/runs --set final=true
+	$(DEV)/bin/python -m training evaluate build/runs/$(1)/seed-1-final --data "$(2)"
+	$(DEV)/bin/python -m training export build/runs/$(1)/seed-1-final --data "$(2)" --to service/models/$(1)/1 --replace
+	$(DEV)/bin/python -m training samples training/configs/$(1).toml --data "$(2)" --to service/samples/$(1) --decimals $(3)
+endef
 
 lock: $(LOCK)/.installed ## resolve pyproject.toml into requirements-*.txt again (ARGS=--upgrade for newer versions)
 	$(COMPILE) --extra cpu -o requirements-cpu.txt

@@ -26,13 +26,13 @@ class Recurrence(nn.Module):
     """The recurrence alone, h[t] = relu(z[t] + u * h[t-1]), with its own vector u of `units` weights in [-bound, bound].
 
     `memory="every"` draws u from Uniform(0, bound), so that units keep memories of all lengths; "last", for a layer of whose
-    outputs only the last is used, draws from Uniform(remainder^(1/horizon), bound), long memories only (paper 2, section III).
+    outputs only the last is used, draws from Uniform(remainder^(2/horizon), bound), long memories only (after paper 2, section III).
     """
 
     def __init__(self, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32) -> None:
         super().__init__()
         self.units, self.bound = units, bound
-        low = min(recurrent_bound(horizon), bound) if memory == "last" else 0.0
+        low = min(recurrent_bound(max(1, horizon // 2)), bound) if memory == "last" else 0.0
         self.u = nn.Parameter(torch.empty(units).uniform_(low, bound))
 
     def forward(self, z: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

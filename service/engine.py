@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at import: its builds send usage events to their maker unless told not to
 import onnxruntime
 
 from model.contract import FRAMES, INPUTS, LENGTHS, MANIFEST_KEY, NEXT_STATE, OUTPUTS, SCORES, STATE, Manifest, ManifestError

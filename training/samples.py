@@ -20,14 +20,17 @@ def write_samples(clips: ClipSet, folder: Path, longest: int, decimals: int = 3)
     A file is `{"frames": [...]}`, the body of a request as it stands. Numbers are rounded to `decimals`; missing values are null.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[tuple[Path, str]] = []
+    slugs: set[str] = set()
     for label, name in enumerate(clips.classes):
         of_class = np.flatnonzero(clips.labels == label)
         if not len(of_class):
             continue
         by_length = sorted(of_class.tolist(), key=lambda i: (len(clips.frames[i]), i))
         frames = clips.frames[by_length[len(by_length) // 2]][:longest]
-        path = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        path = folder / (f"{slug}.json" if slug and slug not in slugs else f"{slug or 'class'}-{label}.json")
+        slugs.add(slug)
         path.write_text(json.dumps({"frames": _plain(frames, decimals)}, separators=(",", ":")) + "\n")
         written.append((path, name))
     with (folder / INDEX).open("w", newline="") as file:

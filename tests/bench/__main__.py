@@ -1,6 +1,6 @@
 """The benchmark: our service beside onnxruntime alone and a websocket echo on the same uvicorn, interleaved in one run on two cores.
 
-    python -m tests.bench [--rounds 3] [--seconds 3] [--json FILE] [--quick]
+python -m tests.bench [--rounds 3] [--seconds 3] [--json FILE] [--quick]
 """
 
 from __future__ import annotations

@@ -56,10 +56,15 @@ def test_initialisation_for_a_score_at_every_step_covers_all_memories() -> None:
 
 def test_initialisation_for_a_score_at_the_end_has_long_memories_only() -> None:
     u = Recurrence(20_000, bound=1.0, memory="last", horizon=20).u
-    low = 0.01 ** (1 / 20)
+    low = 0.01 ** (1 / 10)  # half the horizon
     assert low <= u.min() < low + 0.001
     assert 0.999 < u.max() <= 1.0
     assert u.mean().item() == pytest.approx((low + 1) / 2, abs=0.01)
+
+
+def test_a_bound_of_the_same_horizon_leaves_long_memories_room_to_differ() -> None:
+    u = Recurrence(1000, bound=recurrent_bound(150), memory="last", horizon=150).u
+    assert u.min() < recurrent_bound(80) < recurrent_bound(145) < u.max()
 
 
 def test_initialisation_never_leaves_the_bound() -> None:

@@ -12,7 +12,7 @@ import pytest
 from training.datasets import finger_points
 from training.datasets.clips import ClipSet, DataError
 
-DATA = os.environ.get("INDRNN_DATA")
+DATA = os.environ.get("TRAINING_DATA")
 
 Path2D = npt.NDArray[np.float64]
 
@@ -149,7 +149,7 @@ def nearest_neighbour(train_x: Path2D, train_y: npt.NDArray[np.int64], test_x: P
     return float((train_y[distances.argmin(1)] == test_y).mean())
 
 
-@pytest.mark.skipif(DATA is None, reason="INDRNN_DATA does not name the folder of data sets (needs finger-point-history/point_history.csv.gz)")
+@pytest.mark.skipif(DATA is None, reason="TRAINING_DATA does not name the folder of data sets (needs finger-point-history/point_history.csv.gz)")
 def test_real_data() -> None:
     path = Path(DATA or "") / "finger-point-history" / "point_history.csv.gz"
     recordings, windows = finger_points.load(path), finger_points.load(path, form="windows")
@@ -162,7 +162,7 @@ def test_real_data() -> None:
     assert sum(int(np.isnan(clip[:, 0]).sum()) for clip in lost.frames) == 108
 
 
-@pytest.mark.skipif(DATA is None, reason="INDRNN_DATA does not name the folder of data sets (needs finger-point-history/point_history.csv.gz)")
+@pytest.mark.skipif(DATA is None, reason="TRAINING_DATA does not name the folder of data sets (needs finger-point-history/point_history.csv.gz)")
 def test_real_data_gives_the_published_nearest_neighbour_accuracy() -> None:
     path = Path(DATA or "") / "finger-point-history" / "point_history.csv.gz"
     table = np.loadtxt(path, delimiter=",")

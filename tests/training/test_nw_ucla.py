@@ -15,7 +15,7 @@ from model.skeletons import layout
 from training.datasets import nw_ucla
 from training.datasets.clips import DataError
 
-DATA = os.environ.get("INDRNN_DATA")
+DATA = os.environ.get("TRAINING_DATA")
 
 HEADER = "file_name,action,label,subject,episode,view,frames,split"
 ROWS = ["a01_s01_e00_v01,1,1,1,0,1,2,train", "a08_s10_e03_v03,8,7,10,3,3,1,test"]
@@ -127,7 +127,7 @@ def test_refuses_files_beyond_the_index(tmp_path: Path) -> None:
         nw_ucla.load(tmp_path)
 
 
-@pytest.mark.skipif(DATA is None, reason="INDRNN_DATA does not name the folder of data sets (needs nw-ucla/index.csv and nw-ucla/all_sqe.tar.xz)")
+@pytest.mark.skipif(DATA is None, reason="TRAINING_DATA does not name the folder of data sets (needs nw-ucla/index.csv and nw-ucla/all_sqe.tar.xz)")
 def test_real_data() -> None:
     clips = nw_ucla.load(Path(DATA or "") / "nw-ucla")
     lengths = np.array([len(clip) for clip in clips.frames])

@@ -11,7 +11,7 @@ import pytest
 from training.datasets import uea
 from training.datasets.clips import DataError
 
-DATA = os.environ.get("INDRNN_DATA")
+DATA = os.environ.get("TRAINING_DATA")
 
 HEADER = """# a comment
 @problemName Toy
@@ -158,7 +158,7 @@ def test_test_file_must_fit_the_training_file(tmp_path: Path, text: str) -> None
         uea.load(train, test)
 
 
-@pytest.mark.skipif(DATA is None, reason="INDRNN_DATA does not name the folder of data sets (needs uea/*_TRAIN.ts.gz and uea/*_TEST.ts.gz)")
+@pytest.mark.skipif(DATA is None, reason="TRAINING_DATA does not name the folder of data sets (needs uea/*_TRAIN.ts.gz and uea/*_TEST.ts.gz)")
 @pytest.mark.parametrize(
     ("name", "train", "test", "channels", "shortest", "longest", "classes"),
     [

@@ -12,7 +12,7 @@ from model.skeletons import UnknownLayout, layout
 from training.datasets import ui_prmd
 from training.datasets.clips import DataError
 
-DATA = os.environ.get("INDRNN_DATA")
+DATA = os.environ.get("TRAINING_DATA")
 
 
 def entries(**changes: Any) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def test_faults_of_the_file_itself(tmp_path: Path) -> None:
         ui_prmd.load(tmp_path / "absent.npz")
 
 
-@pytest.mark.skipif(DATA is None, reason="INDRNN_DATA does not name the folder of data sets (needs ui-prmd/ui-prmd-kinect-xyz.npz)")
+@pytest.mark.skipif(DATA is None, reason="TRAINING_DATA does not name the folder of data sets (needs ui-prmd/ui-prmd-kinect-xyz.npz)")
 def test_real_data() -> None:
     clips = ui_prmd.load(Path(DATA or "") / "ui-prmd" / "ui-prmd-kinect-xyz.npz")
     lengths = np.array([len(clip) for clip in clips.frames])
@@ -140,7 +140,7 @@ def test_real_data() -> None:
     assert np.median(frames[:, joint("head"), 1] - frames[:, joint("left_ankle"), 1]) > 1.0  # upright
 
 
-@pytest.mark.skipif(DATA is None, reason="INDRNN_DATA does not name the folder of data sets (needs ui-prmd/ui-prmd-tiny.npz)")
+@pytest.mark.skipif(DATA is None, reason="TRAINING_DATA does not name the folder of data sets (needs ui-prmd/ui-prmd-tiny.npz)")
 def test_real_data_thinned() -> None:
     clips = ui_prmd.load(Path(DATA or "") / "ui-prmd" / "ui-prmd-tiny.npz", fps=10.0)
     assert (len(clips), sum(map(len, clips.frames))) == (300, 7569)
