@@ -6,6 +6,7 @@ import contextlib
 import errno
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,12 +63,11 @@ def greeting(catalog: Catalog, url: str, settings: Settings) -> str:
     """What to try next, ready to be pasted."""
     header = ' -H "Authorization: Bearer $INDRNN_TOKEN"' if settings.token else ""
     lines = [f"Serving on {url}", f"  models   {', '.join(catalog.names())}", f"  API      {url}/docs"]
-    for name in catalog.names():
-        sample = _sample(name)
-        if sample is not None:
-            kind = "application/json" if sample.suffix == ".json" else "application/x-npy"
-            lines.append(f"  clip     curl -s{header} -H 'Content-Type: {kind}' --data-binary @{sample} {url}/v1/models/{name}/predict")
-            lines.append(f"  stream   python -m service stream {sample} --model {name} --url {url}")
+    skeletons_first = sorted(catalog.names(), key=lambda name: catalog.find(name, None).engine.manifest.layout is None)
+    for name in skeletons_first:
+        if sample := _sample(name):
+            lines.append(f"  clip     curl -s{header} {url}/v1/models/{name}/predict -d @{_short(sample)}")
+            lines.append(f"  stream   {_short(Path(sys.executable))} -m service stream {sample.stem} --model {name} --url {url}")
             break
     else:
         lines.append(f"  model    curl -s{header} {url}/v1/models/{catalog.names()[0]}")
@@ -75,11 +75,13 @@ def greeting(catalog: Catalog, url: str, settings: Settings) -> str:
 
 
 def _sample(name: str) -> Path | None:
-    """A shipped recording for this model, as short a path as possible."""
-    found = sorted(path for suffix in ("npy", "json") for path in [*SAMPLES.glob(f"{name}/*.{suffix}"), *SAMPLES.glob(f"{name}*.{suffix}")])
-    if not found:
-        return None
-    return found[0].relative_to(Path.cwd()) if found[0].is_relative_to(Path.cwd()) else found[0]
+    """A shipped recording for this model."""
+    return min((SAMPLES / name).glob("*.json"), default=None)
+
+
+def _short(path: Path) -> Path:
+    """As a person in this folder would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class _Server(uvicorn.Server):
