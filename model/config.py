@@ -19,6 +19,7 @@ class ModelConfig:
     dropout: float = 0.1
     input_dropout: float = 0.0
     view: Literal["camera", "body"] = "camera"  # skeletons: keep the camera's directions, or turn each body to face the same way
+    average: int = 0  # frames over which scores are averaged, older ones fading out; 0: each step's own
     motion: bool = True  # add what changed since the previous frame
     positions: bool = True  # keep the values themselves (off: only what changes counts, wherever it happens)
     missing: bool = False  # may joints or channels be absent (NaN)
@@ -31,6 +32,7 @@ class ModelConfig:
             (self.units >= 1, f"units must be at least 1, got {self.units}"),
             (self.norm in ("before", "after", "none"), f"norm must be before, after or none, got {self.norm!r}"),
             (self.horizon >= 0, f"horizon must not be negative, got {self.horizon}"),
+            (self.average >= 0, f"average must not be negative, got {self.average}"),
             (self.memory in ("every", "last"), f"memory must be every or last, got {self.memory!r}"),
             (0 <= self.dropout < 1 and 0 <= self.input_dropout < 1, "dropout rates must be in [0, 1)"),
             (self.view in ("camera", "body"), f"view must be camera or body, got {self.view!r}"),

@@ -46,6 +46,27 @@ class Recurrence(nn.Module):
         self.u.clamp_(-self.bound, self.bound)
 
 
+class ScoreAverage(nn.Module):
+    """Averages class probabilities over the past, those `frames` steps ago counting a hundredth.
+
+    A recurrence with fixed weights: sums of probabilities and of weights both decay, and their quotient is the average from the first step
+    on. Neither is ever negative, so the ReLU of `recur` leaves them as they are.
+    """
+
+    decay: Tensor
+
+    def __init__(self, classes: int, frames: int) -> None:
+        super().__init__()
+        self.state_width = classes + 1
+        self.register_buffer("decay", torch.full((classes + 1,), recurrent_bound(frames)), persistent=False)
+
+    def forward(self, logits: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """logits (T, B, classes), h (B, classes + 1), mask (T, B) -> averaged probabilities (T, B, classes), next state."""
+        p = torch.softmax(logits, -1)
+        sums = recur(torch.cat([p, torch.ones_like(p[..., :1])], -1), self.decay, h, mask)
+        return sums[..., :-1] / sums[..., -1:].clamp(min=1e-6), sums[-1]  # a row that has not begun has neither
+
+
 class IndRNN(nn.Module):
     """Linear map and recurrence: (T, B, inputs) -> (T, B, units). Weights: Kaiming; see `Recurrence` for the rest."""
 

@@ -9,7 +9,7 @@ from model import skeletons
 from model.backbones import backbone
 from model.config import ModelConfig
 from model.features import ChannelFeatures, SkeletonFeatures
-from model.indrnn import Recurrence
+from model.indrnn import Recurrence, ScoreAverage
 from model.layers import SequenceDropout, step_mask
 
 
@@ -26,7 +26,8 @@ class Network(nn.Module):
         self.input_dropout = SequenceDropout(config.input_dropout)
         self.backbone = backbone(self.features.width, config)
         self.head = nn.Linear(self.backbone.width, classes)
-        self.state_widths = [self.features.state_width, *self.backbone.state_widths]
+        self.average = ScoreAverage(classes, config.average) if config.average else None
+        self.state_widths = [self.features.state_width, *self.backbone.state_widths, *([self.average.state_width] if self.average else [])]
 
     @property
     def state_width(self) -> int:
@@ -36,12 +37,33 @@ class Network(nn.Module):
         return torch.zeros(batch, self.state_width, device=self.head.weight.device)
 
     def forward(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        _, logits, next_state = self.outputs(frames, lengths, state)
+        return logits, next_state
+
+    def outputs(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of each step alone, logits to go by (the same, unless scores are averaged), both (B, T, classes), and the next state."""
+        steps, averaged, next_state = self._run(frames, lengths, state)
+        steps = steps.transpose(0, 1)
+        return steps, steps if averaged is None else averaged.transpose(0, 1).clamp(min=1e-9).log(), next_state
+
+    def scores(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Class probabilities (B, T, classes) and the next state: what is exported."""
+        steps, averaged, next_state = self._run(frames, lengths, state)
+        return (torch.softmax(steps, -1) if averaged is None else averaged).transpose(0, 1), next_state
+
+    def _run(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Time-major: logits of each step (T, B, classes), averaged probabilities if any, next state."""
         x = frames.transpose(0, 1)
         mask = step_mask(lengths, x.shape[0])
+        layers = len(self.backbone.state_widths)
         parts = torch.split(state, self.state_widths, dim=1)
         x, features_end = self.features(x, lengths, parts[0])
-        x, ends = self.backbone(self.input_dropout(x), list(parts[1:]), mask)
-        return self.head(x).transpose(0, 1), torch.cat([features_end, *ends], dim=1)
+        x, ends = self.backbone(self.input_dropout(x), list(parts[1 : layers + 1]), mask)
+        logits = self.head(x)
+        if self.average is None:
+            return logits, None, torch.cat([features_end, *ends], dim=1)
+        averaged, average_end = self.average(logits, parts[-1], mask)
+        return logits, averaged, torch.cat([features_end, *ends, average_end], dim=1)
 
     def clamp_recurrent_(self) -> None:
         """Puts every recurrent weight back inside its bound; after each optimiser step."""

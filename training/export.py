@@ -33,8 +33,7 @@ class Served(nn.Module):
         self.network = network
 
     def forward(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        logits, next_state = self.network(frames, lengths, state)
-        return torch.softmax(logits, -1), next_state
+        return self.network.scores(frames, lengths, state)
 
 
 def to_onnx(network: Network) -> ModelProto:

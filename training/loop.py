@@ -84,8 +84,10 @@ def train(config: Config, training: ClipSet, validation: ClipSet | None, folder:
             step = epoch * batches_per_epoch + i
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.train, step, batches_per_epoch * config.train.epochs)
-            logits, _ = network(batch.frames, batch.lengths, network.initial_state(len(batch.labels)))
+            steps, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(len(batch.labels)))
             loss = sequence_loss(logits, batch, config.train)
+            if steps is not logits:  # an average is right only where its steps are: both are taught
+                loss = (loss + sequence_loss(steps, batch, config.train)) / 2
             if not torch.isfinite(loss):
                 raise TrainingDiverged(f"loss is {loss.item()} in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate or train.clip_gradient")
             optimizer.zero_grad(set_to_none=True)

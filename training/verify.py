@@ -99,8 +99,8 @@ def check_parity(runner: Runner, clips: Sequence[Frames], network: Network | Non
         states = [chunk_state, together_state[i]]
         if network is not None:
             with torch.no_grad():
-                logits, end = network(torch.from_numpy(clip)[None], torch.tensor([len(clip)]), network.initial_state(1))
-            torch_abs = max(torch_abs, _difference(torch.softmax(logits, -1)[0].numpy(), scores))
+                from_torch, end = network.scores(torch.from_numpy(clip)[None], torch.tensor([len(clip)]), network.initial_state(1))
+            torch_abs = max(torch_abs, _difference(from_torch[0].numpy(), scores))
             states.append(end[0].numpy())
         state_rel = max(state_rel, *(_difference(other, state) / max(1.0, float(np.abs(state).max())) for other in states))
     scores_abs = max(torch_abs, chunked_abs, batched_abs)

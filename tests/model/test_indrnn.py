@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.indrnn import IndRNN, Recurrence, recurrent_bound
+from model.indrnn import IndRNN, Recurrence, ScoreAverage, recurrent_bound
 from model.layers import step_mask
 
 
@@ -60,6 +60,22 @@ def test_initialisation_for_a_score_at_the_end_has_long_memories_only() -> None:
     assert low <= u.min() < low + 0.001
     assert 0.999 < u.max() <= 1.0
     assert u.mean().item() == pytest.approx((low + 1) / 2, abs=0.01)
+
+
+def test_averaged_scores_are_the_mean_while_nothing_has_faded() -> None:
+    logits = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
+    average = ScoreAverage(3, frames=10**7)
+    said, _ = average(logits, torch.zeros(2, 4), torch.ones(6, 2, dtype=torch.bool))
+    expected = torch.softmax(logits, -1).cumsum(0) / torch.arange(1, 7)[:, None, None]
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_scores_forget() -> None:
+    one_way, other_way = torch.tensor([9.0, -9.0]), torch.tensor([-9.0, 9.0])
+    logits = torch.stack([one_way] * 500 + [other_way] * 20)[:, None]
+    said, end = ScoreAverage(2, frames=20)(logits, torch.zeros(1, 3), torch.ones(520, 1, dtype=torch.bool))
+    assert said[-1, 0, 1] > 0.98
+    assert end.max() < 5.0  # sums saturate: nothing depends on how long a stream has been running
 
 
 def test_a_bound_of_the_same_horizon_leaves_long_memories_room_to_differ() -> None:

@@ -17,6 +17,7 @@ NAN = float("nan")
 KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...], str | None]] = {
     "channels": ({"kind": "plain", "layers": 2, "norm": "after"}, (4,), None),
     "channels, missing": ({"kind": "plain", "layers": 2, "norm": "before", "missing": True, "horizon": 20}, (4,), None),
+    "averaged": ({"kind": "plain", "layers": 2, "average": 12, "horizon": 20}, (4,), None),
     "skeleton": ({"kind": "residual", "layers": 2, "horizon": 50}, (13, 3), "body-13"),
     "body, missing": ({"kind": "residual", "layers": 2, "view": "body", "missing": True}, (13, 3), "body-13"),
 }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.contract import INPUTS, OUTPUTS
-from model.indrnn import Recurrence
+from model.indrnn import Recurrence, ScoreAverage
 from model.layers import SequenceNorm
 from model.network import Network
 from model.recurrence import ONNX_DOMAIN
@@ -41,15 +41,15 @@ def frames_for(runner: Runner, rows: int, steps: int, *, gaps: bool, seed: int =
 
 def through_torch(network: Network, frames: np.ndarray, lengths: list[int], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with torch.no_grad():
-        logits, end = network(torch.from_numpy(frames), torch.tensor(lengths), torch.from_numpy(state))
-    return torch.softmax(logits, -1).numpy(), end.numpy()
+        scores, end = network.scores(torch.from_numpy(frames), torch.tensor(lengths), torch.from_numpy(state))
+    return scores.numpy(), end.numpy()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_node_per_recurrent_layer(kind: str, exported: Any, networks: dict[str, Network]) -> None:
     model = exported[kind]
     nodes = [node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN]
-    assert nodes.count("Recurrence") == sum(isinstance(module, Recurrence) for module in networks[kind].modules())
+    assert nodes.count("Recurrence") == sum(isinstance(module, Recurrence | ScoreAverage) for module in networks[kind].modules())
     assert nodes.count("Hold") == networks[kind].config.missing
     assert {function.name for function in model.functions} == set(nodes)
     assert not any(node.op_type in ("Scan", "Loop", "If") for node in model.graph.node)
