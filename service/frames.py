@@ -22,6 +22,8 @@ Frames = npt.NDArray[np.float32]
 
 LARGEST = 1e6  # magnitudes beyond it are no measurement in any unit a model was trained in
 NPY_MAGIC = b"\x93NUMPY"
+_F4, _BITS = np.dtype("<f4"), np.dtype("<u4")
+_WITHOUT_SIGN, _LARGEST_BITS = np.uint32(0x7FFFFFFF), np.float32(LARGEST).view(np.uint32)
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -59,7 +61,7 @@ class FrameReader:
             raise Malformed(f"the header announces {count} frames, the payload holds {len(payload) // step}")
         if not len(payload):
             raise Empty("no frames: send at least one")
-        return self._checked(np.frombuffer(payload, "<f4").reshape(-1, *self.shape), first)
+        return self._checked(np.frombuffer(payload, _F4).reshape(-1, *self.shape), first)
 
     def from_npy(self, body: bytes, first: int = 0) -> Frames:
         """A NumPy file of real numbers, (count, *shape), any byte order and memory order; pickled objects are refused."""
@@ -93,6 +95,8 @@ class FrameReader:
         return array if array.shape[1:] == self.shape and array.dtype.kind in "fiu" else None
 
     def _checked(self, frames: npt.NDArray[Any], first: int) -> Frames:
+        if _all_fine(frames):
+            return frames if self._map is None else self._map(frames)
         if frames.dtype.kind != "f":
             frames = frames.astype(np.float64)  # the magnitude of the least integer is no integer
         with np.errstate(all="ignore"):
@@ -158,6 +162,17 @@ class LayoutMap:
             mapped[..., targets, :] += frames[..., sources, :]
         mapped *= self._factor
         return np.ascontiguousarray(mapped)
+
+
+def _all_fine(frames: npt.NDArray[Any]) -> bool:
+    """Whether these are float32 in C order, each finite and no larger than `LARGEST`; False says nothing.
+
+    Without their sign the bits of floats are ordered as the floats are, with infinities and NaN above: less than half the time of comparing floats,
+    which matters for live frames that come one by one.
+    """
+    if frames.dtype != _F4 or not frames.flags.c_contiguous:
+        return False
+    return bool(np.maximum.reduce(frames.view(_BITS) & _WITHOUT_SIGN, axis=None) <= _LARGEST_BITS)
 
 
 def _further_sources(sources: tuple[tuple[int, ...], ...]) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:

@@ -43,6 +43,18 @@ def test_whole_numbers_are_numbers() -> None:
     np.testing.assert_array_equal(reader(CHANNELS).from_json([[1, 2, 3], [1, 2.5, -3]]), np.array([[1, 2, 3], [1, 2.5, -3]], np.float32))
 
 
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1e6, -1e6, np.nextafter(np.float32(1e6), np.float32(2e6)), -1.1e6, np.inf, -np.inf, np.nan])
+def test_single_and_double_precision_are_judged_alike(value: float) -> None:
+    frames = np.array([[0.5, value, -2.0]], np.float32)
+    legal = bool(abs(value) <= 1e6)
+    for read in (lambda: reader(CHANNELS).from_bytes(frames.tobytes()), lambda: reader(CHANNELS).from_npy(npy(frames.astype(np.float64)))):
+        if legal:
+            np.testing.assert_array_equal(read(), frames)
+        else:
+            with pytest.raises(NotFinite, match="frame 0"):
+                read()
+
+
 def test_the_largest_legal_value_passes() -> None:
     reader(CHANNELS).from_json([[1e6, -1e6, 0]])
     with pytest.raises(NotFinite, match="frame 8"):
