@@ -72,6 +72,8 @@ class FrameReader:
             raise Malformed("the header of the .npy file cannot be read") from None
         if dtype.hasobject or dtype.kind not in "fiu":
             raise Malformed(f".npy of {dtype}: expected real numbers, best float32")
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise Malformed(f".npy announces the shape {shape}: expected whole numbers")
         data = memoryview(body)[stream.tell() :]
         if math.prod(shape) * dtype.itemsize != len(data):
             raise Malformed(f".npy announces {shape} {dtype}, {math.prod(shape) * dtype.itemsize} bytes, but holds {len(data)}")

@@ -51,9 +51,16 @@ class Gate:
         origin = headers.get("origin")
         if origin is None or "*" in self._origins:
             return
-        allowed = origin in self._origins if self._origins else urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+        allowed = origin in self._origins if self._origins else _host(origin) == headers.get("host", "").lower()
         if not allowed:
             raise Forbidden(f"pages of {origin[:200]} may not open streams here; allow them with INDRNN_ORIGINS")
+
+
+def _host(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # brackets that hold no address
+        return ""
 
 
 def _bearer(headers: Mapping[str, str]) -> bytes | None:

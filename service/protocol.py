@@ -11,6 +11,7 @@ Binary messages, little-endian: `u8 version=1, u8 kind, u16 track, u32 count, u6
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ HEADER = struct.Struct("<BBHIQ")
 VERSION = 1
 KIND_FRAMES, KIND_SCORES, KIND_ACK = 1, 2, 3
 MOST_FRAMES = 2**64 - 1
+_FRAME_NUMBER = re.compile("[0-9]{1,20}")
 OPEN_FIELDS = ("version", "session", "ack", *OPTION_NAMES)
 
 
@@ -119,7 +121,7 @@ class Connection:
             return None
         given: dict[str, Any] = dict(query)
         if "ack" in given:
-            given["ack"] = int(given["ack"]) if given["ack"].isascii() and given["ack"].isdecimal() else given["ack"]
+            given["ack"] = int(given["ack"]) if _FRAME_NUMBER.fullmatch(given["ack"]) else given["ack"]
         opened = _read_open(given)
         self.phase = Phase.OPEN
         return opened
@@ -179,10 +181,26 @@ def read_object(text: str | bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         if "infinity" not in str(error):
             raise Malformed(f"not JSON: {error}") from None
-        value = json.loads(text)  # a number too large for a double is legal JSON; it is refused where its place is known
+        value = _with_infinities(text)
     if not isinstance(value, dict):
         raise Malformed(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _with_infinities(text: str | bytes) -> Any:
+    """A number too large for a double is legal JSON; it becomes infinity, which is refused where its place is known."""
+    try:
+        return json.loads(text, parse_int=_whole_number, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # broken, or nested too deeply
+        raise Malformed("not JSON: it cannot be read around a number that is too large") from None
+
+
+def _whole_number(digits: str) -> int | float:
+    return int(digits) if len(digits) <= 20 else float(digits)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(name)
 
 
 def check_fields(value: Mapping[str, Any], required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:

@@ -112,9 +112,10 @@ async def step(request: Request, session_id: str, query: Annotated[schemas.StepQ
     predictor = _predictor(request)
     session = predictor.sessions.find(session_id)
     payload, fields = await read_frames_body(request, _settings(request).body_bytes, ("first",), ("ack",))
-    fields = fields or {"first": query.first, "ack": query.ack}
-    if fields["first"] is None:
-        raise Malformed("a binary body needs ?first=, the number of its first frame")
+    if not fields:
+        if query.first is None:
+            raise Malformed("a binary body needs ?first=, the number of its first frame")
+        fields = {"first": query.first, "ack": query.ack}
     first = frame_number(fields["first"], "first")
     ack = None if fields.get("ack") is None else frame_number(fields["ack"], "ack")
     count = len(payload.value) if isinstance(payload.value, list) else None

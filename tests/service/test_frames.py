@@ -123,6 +123,7 @@ def test_signalling_nan_becomes_the_one_nan() -> None:
         (npy(np.zeros((2, 3), np.float32)) + b"1", Malformed),
         (npy(np.zeros((2, 3), np.float32)).replace(b"(2, 3)", b"(9**9,"), Malformed),
         (npy(np.zeros((2, 3), np.float32)).replace(b"(2, 3)", b"(-2,3)"), Malformed),
+        (npy(np.zeros((1, 3), np.float32)).replace(b"(1, 3), }   ", b"(True, 3), }"), Malformed),
         (b"\x93NUMPY\x07\x00", Malformed),
         (b"", Malformed),
     ],
