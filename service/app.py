@@ -49,7 +49,7 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
         async with predictor:
             yield
 
-    app = FastAPI(title="IndRNN service", description=_DESCRIPTION, version="1", lifespan=lifespan, separate_input_output_schemas=False)
+    app = FastAPI(title="IndRNN service", description=_DESCRIPTION, version="1", lifespan=lifespan, separate_input_output_schemas=False, redirect_slashes=False)
     gate = Gate(settings)
     sockets = Sockets(predictor, gate, settings.connections)
     app.state.predictor, app.state.settings, app.state.gate, app.state.sockets = predictor, settings, gate, sockets
@@ -77,6 +77,8 @@ class Edge:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request_id, began, status = secrets.token_hex(8), time.perf_counter(), 0
+        if scope["method"] == "HEAD":  # as GET; the server leaves the body out
+            scope = {**scope, "method": "GET"}
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -119,6 +121,8 @@ def error_response(error: ServiceError) -> Response:
     headers = {}
     if "retry_after" in error.facts:
         headers["retry-after"] = str(error.facts["retry_after"])
+    if "allow" in error.facts:
+        headers["allow"] = error.facts["allow"]
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     return Response(encode(error.to_dict()), error.status, headers, "application/json")

@@ -155,11 +155,12 @@ class Predictor:
             return None
         return self._stored(session, self._runners[session.model, session.version], session.answers.start, session.next_frame, options)
 
-    async def close(self, session: Session, cause: Cause) -> None:
-        """Ends the session after the message under way, if any."""
+    async def close(self, session: Session, cause: Cause, owner: Owner | None = None) -> None:
+        """Ends the session after the message under way, if any; a connection that streams it is told, unless it is the `owner` that asks."""
         async with session.turn:
             self.sessions.check_live(session)
             self.sessions.end(session, cause)
+        self._tell_ended(session, owner)
 
     def attach(self, session: Session, owner: Owner) -> None:
         """Makes `owner` the connection that streams this session; the one before is told that it was taken over."""
@@ -260,11 +261,15 @@ class Predictor:
         while True:
             await asyncio.sleep(pause)
             for session in self.sessions.expire():
-                if session.owner is not None:
-                    try:
-                        self.sessions.check_live(session)
-                    except ServiceError as error:
-                        session.owner.stop(error)
+                self._tell_ended(session)
+
+    def _tell_ended(self, session: Session, besides: Owner | None = None) -> None:
+        if session.owner is None or session.owner is besides:
+            return
+        try:
+            self.sessions.check_live(session)
+        except ServiceError as error:
+            session.owner.stop(error)
 
 
 def stream_warning(runner: Runner) -> str:

@@ -219,7 +219,7 @@ class Stream:
             elif isinstance(message, Reset):
                 await self._predictor.reset(self._session, message.at, self)
             elif isinstance(message, Close):
-                await self._predictor.close(self._session, "closed")
+                await self._predictor.close(self._session, "closed", self)
                 await self._send(write("closed", track=0, next_frame=self._session.next_frame))
                 await self._websocket.close(1000)
                 return

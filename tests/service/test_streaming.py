@@ -178,6 +178,15 @@ def test_the_later_socket_takes_over(server: Server) -> None:
             assert step(second, 5, CLIP[5:6])["first"] == 5
 
 
+def test_a_socket_is_told_when_its_session_is_closed_over_rest(http: httpx.Client, server: Server) -> None:
+    with connect(stream_url(server)) as socket:
+        session = receive(socket)["session"]
+        assert step(socket, 0, CLIP[:3])["count"] == 3
+        http.delete(f"/v1/sessions/{session}").raise_for_status()
+        assert receive(socket)["code"] == "session_not_found"
+        assert closed_with(socket) == 4404
+
+
 def test_resuming_sends_again_what_was_not_acknowledged(server: Server) -> None:
     with connect(stream_url(server)) as socket:
         session = receive(socket)["session"]
