@@ -1,12 +1,15 @@
 """Continuous batching: whatever streams are ready form the next batch, as soon as the last one is done. Knows no tensors.
 
 One thread per model runs the batches. Only that thread touches the line of jobs, only the event loop touches the count of them:
-the two meet in a queue one way and in one `call_soon_threadsafe` per batch the other way.
+the two meet in a queue one way, once per turn of the event loop, and in one `call_soon_threadsafe` per batch the other way.
+
+Each way costs as much as a short step of a model. So work that is alone, and short as the last run shows, runs on the event loop itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -19,6 +22,7 @@ from service.errors import Deadline, Draining, Overloaded
 MOST_STEPS = 32  # longest slice: a long chunk does not hold up streams that wait for one frame
 MOST_PADDED = 1024  # rows x steps of a batch, for the same reason
 WASTE = 1.5  # padded size over real frames
+INLINE_S = 0.0003  # longest run that may hold up the event loop
 
 
 class Work(Protocol):
@@ -45,7 +49,7 @@ class Job:
 
 
 class Observer(Protocol):
-    """Told what happens, on the dispatcher's thread."""
+    """Told what happens, by whoever runs the batch."""
 
     def waited(self, seconds: float) -> None: ...
     def ran(self, rows: int, seconds: float) -> None: ...
@@ -65,10 +69,12 @@ class Batcher:
         self._observer = observer
         self._most_rows = most_rows
         self._most_waiting = most_waiting
-        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._fresh: list[Job] = []  # of this turn of the event loop
+        self._inbox: SimpleQueue[list[Job]] = SimpleQueue()
         self._thread = threading.Thread(target=self._dispatch, name=f"batcher {name}", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
+        self._frame_alone_s = math.inf  # seconds per frame of the last run if it had one row; whoever runs a batch writes it
         self.waiting = 0  # jobs not settled; owned by the event loop
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -80,7 +86,7 @@ class Batcher:
     async def stop(self) -> None:
         """Ends the thread after the batch it is running; whoever still waits gets `Draining`."""
         self._stopping = True
-        self._inbox.put(None)
+        self._inbox.put([])
         await asyncio.to_thread(self._thread.join)
         await asyncio.sleep(0)  # the thread's last word to the loop
 
@@ -99,7 +105,9 @@ class Batcher:
         job = Job(work, deadline, self._loop.create_future())
         self.waiting += 1
         self._quiet.clear()
-        self._inbox.put(job)
+        if not self._fresh:
+            self._loop.call_soon(self._submit)
+        self._fresh.append(job)
         try:
             await job.future
         except asyncio.CancelledError:
@@ -125,22 +133,31 @@ class Batcher:
             except asyncio.CancelledError:
                 continue
 
-    # From here on the dispatcher's thread.
+    def _submit(self) -> None:
+        """Hands over what came in this turn of the event loop."""
+        fresh, self._fresh = self._fresh, []
+        if self._stopping:
+            self._deliver([(job, Draining("the service is shutting down")) for job in fresh])
+        elif self.waiting == 1 and fresh[0].work.frames * self._frame_alone_s < INLINE_S:
+            line = deque(fresh)
+            self._deliver(self._run_next(line))  # nobody else waits, so the thread has nothing to do
+            if line:
+                self._inbox.put(list(line))
+        else:
+            self._inbox.put(fresh)
+
+    # From here on the dispatcher's thread, but for `_run_next`, which the event loop calls when the thread has nothing to do.
 
     def _dispatch(self) -> None:
         line: deque[Job] = deque()
         while True:
             if not line:
-                self._take(line, self._inbox.get())
+                line.extend(self._inbox.get())
             while not self._inbox.empty():
-                self._take(line, self._inbox.get())
+                line.extend(self._inbox.get())
             if self._stopping:
                 return self._settle([(job, Draining("the service is shutting down")) for job in line])
             self._settle(self._run_next(line))
-
-    def _take(self, line: deque[Job], job: Job | None) -> None:
-        if job is not None:
-            line.append(job)
 
     def _run_next(self, line: deque[Job]) -> list[tuple[Job, BaseException | None]]:
         """Runs one batch from the head of the line; unfinished jobs go to its end."""
@@ -158,7 +175,9 @@ class Batcher:
             outcomes = list(zip(batch, errors, strict=True))
         except Exception as error:  # a failing batch fails its own callers, and the thread lives on
             outcomes = [(job, error) for job in batch]
-        self._observer.ran(len(batch), time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._frame_alone_s = seconds / steps if len(batch) == 1 else math.inf
+        self._observer.ran(len(batch), seconds)
         for job, outcome in outcomes:
             if outcome is None and job.work.frames:
                 line.append(job)

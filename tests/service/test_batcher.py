@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import MOST_STEPS, WASTE, Batcher, Job, form_batch
+from service.batcher import INLINE_S, MOST_STEPS, WASTE, Batcher, Job, form_batch
 from service.errors import Deadline, Draining, Overloaded
 
 
@@ -203,6 +203,67 @@ def test_stopping_turns_waiting_work_away() -> None:
         batcher = Batcher("toy", gate, Watch(), most_rows=8, most_waiting=10)
         batcher.start()
         await scenario(batcher)
+
+    asyncio.run(run())
+
+
+def test_work_that_is_alone_and_short_runs_on_the_event_loop() -> None:
+    batches: list[tuple[list[int], bool]] = []
+    pause = 0.0
+
+    def step(works: Sequence[Toy], steps: int) -> list[Exception | None]:
+        batches.append(([work.stream for work in works], threading.current_thread() is threading.main_thread()))
+        time.sleep(pause)
+        return advance(works, steps)
+
+    async def together(batcher: Batcher, *frames: int) -> None:
+        await asyncio.gather(*(batcher.run(Toy(1 + i, count), soon(), nothing) for i, count in enumerate(frames)))
+
+    async def scenario(batcher: Batcher) -> None:
+        nonlocal pause
+        await together(batcher, 1)  # nothing is known yet
+        batcher._frame_alone_s = INLINE_S / 4  # whatever this machine measured
+        await together(batcher, 3)
+        batcher._frame_alone_s = INLINE_S / 4
+        await together(batcher, 4)  # too long
+        pause = 2 * INLINE_S
+        batcher._frame_alone_s = 0.0
+        await together(batcher, 1)  # was not short after all
+        await together(batcher, 1)
+        pause, batcher._frame_alone_s = 0.0, 0.0
+        await together(batcher, 1, 1)
+        await together(batcher, 1)  # the last one was not alone
+        batcher._frame_alone_s = 0.0
+        await together(batcher, MOST_STEPS + 1)  # what one slice leaves is the thread's
+
+    with_batcher(scenario, step)
+    inline = [inline for _, inline in batches]
+    assert inline == [False, True, False, True, False, False, False, True, False]
+    assert batches[5][0] == [1, 2]
+
+
+def test_a_failure_on_the_event_loop_is_its_callers() -> None:
+    def step(works: Sequence[Toy], steps: int) -> list[Exception | None]:
+        assert threading.current_thread() is threading.main_thread()
+        raise RuntimeError("the whole batch")
+
+    async def scenario(batcher: Batcher) -> None:
+        for _ in range(2):
+            batcher._frame_alone_s = 0.0
+            with pytest.raises(RuntimeError, match="the whole batch"):
+                await batcher.run(Toy(1, 1), soon(), nothing)
+
+    with_batcher(scenario, step)
+
+
+def test_work_that_stopping_overtakes_is_turned_away() -> None:
+    async def run() -> None:
+        batcher = Batcher("toy", advance, Watch(), most_rows=8, most_waiting=10)
+        batcher.start()
+        async with asyncio.timeout(30):
+            results = await asyncio.gather(batcher.run(Toy(1, 1), soon(), nothing), batcher.stop(), return_exceptions=True)
+        assert [type(result) for result in results] == [Draining, type(None)]
+        assert batcher.waiting == 0
 
     asyncio.run(run())
 
