@@ -15,6 +15,10 @@ LOCK = .venv-lock
 # onnxruntime's builds send usage events to their maker; here they do so only for those who say ORT_DISABLE_TELEMETRY=0.
 export ORT_DISABLE_TELEMETRY ?= 1
 
+ifneq ($(filter-out cpu gpu,$(DEVICE)),)
+$(error DEVICE is cpu or gpu, not $(DEVICE))
+endif
+
 .DEFAULT_GOAL = help
 .PHONY: help serve dev test test-service lint bench models lock clean
 

@@ -11,7 +11,10 @@ import typer
 from service.errors import StartupError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=False, help="Serves IndRNN models from ONNX files. Every option is also a variable, INDRNN_PORT and so on."
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    help="Serves IndRNN models from ONNX files. Every option is also a variable, INDRNN_PORT and so on.",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal, Self
 from urllib.parse import quote, urlsplit
 
@@ -25,9 +26,10 @@ class AsyncClient:
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout_s: float = 30.0, retry: Retry | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise ClientError(f"{url!r} is no address of a service; it looks like http://127.0.0.1:8000")
+        if token and not (token.isascii() and token.isprintable()):
+            raise ClientError("a token is made of printable ASCII characters")
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_s = timeout_s
@@ -106,8 +108,17 @@ class AsyncClient:
         except httpx.TransportError as error:
             raise nobody_at(self.url, error) from None
         if response.is_success:
-            return dict(response.json()) if response.content else {}
+            with suppress(ValueError, TypeError):  # no JSON object: another server listens there
+                return dict(response.json())
         raise http_refusal(response.status_code, response.content)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+    except ValueError:  # a port beyond 65535, brackets that hold no address
+        return False
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -86,8 +87,10 @@ def read_recording(path: Path) -> Recording:
         raise PlayerError(f"{path}: a recording ends in {', '.join(SUFFIXES)}")
     try:
         recording = reader(path)
-    except (OSError, ValueError, TypeError, EOFError, KeyError) as error:
+    except (OSError, ValueError, TypeError, EOFError, KeyError, OverflowError, RecursionError, zipfile.BadZipFile, csv.Error) as error:
         raise PlayerError(f"{path}: cannot be read: {error}") from None
+    if recording.fps is not None and not 0 < recording.fps < math.inf:
+        raise PlayerError(f"{path}: expected frames a second above 0, got fps {recording.fps:g}")
     if recording.frames.ndim < 2 or recording.frames.size == 0:
         raise PlayerError(f"{path}: expected frames of shape (time, ...), got {recording.frames.shape}")
     return recording
@@ -98,7 +101,7 @@ def _read_npy(path: Path) -> Recording:
 
 
 def _read_npz(path: Path) -> Recording:
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # NumPy leaves a file open that is no archive
         names = [name for name in archive.files if name not in ("fps", "layout")]
         key = "frames" if "frames" in names else names[0] if len(names) == 1 else None
         if key is None:
@@ -367,6 +370,8 @@ def run(options: Options) -> int:
 
 async def play(options: Options, console: Console) -> None:
     """Plays the recording to its end and prints the summary, also when it is cancelled half-way."""
+    if options.fps is not None and not 0 < options.fps < math.inf:
+        raise PlayerError(f"--fps must be a number above 0, got {options.fps:g}")
     recording = read_recording(find_recording(options.file))
     async with AsyncClient(options.url, token=options.token) as client:
         model = await _model(client, options.model)

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.errors import StartupError
 
 PREFIX = "INDRNN_"
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -32,9 +33,9 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=1024, description="threads inside one model run on the CPU; default: chosen from the cores this process may use")
     max_batch: int = Field(64, ge=1, le=4096, description="most streams in one model run")
     queue: int = Field(1024, ge=1, description="most messages waiting or running per model; beyond it 503 overloaded")
-    deadline_s: float = Field(10.0, gt=0, description="seconds a message may wait before it is answered 408 deadline")
+    deadline_s: Seconds = Field(10.0, gt=0, description="seconds a message may wait before it is answered 408 deadline")
     sessions: int = Field(10_000, ge=1, description="most live sessions; beyond it 429 too_many")
-    idle_s: float = Field(600.0, gt=0, description="seconds without a message after which a session expires")
+    idle_s: Seconds = Field(600.0, gt=0, description="seconds without a message after which a session expires")
     body_bytes: int = Field(64 * 2**20, ge=1024, description="largest body of a request")
     message_bytes: int = Field(2**20, ge=1024, description="largest websocket message")
     connections: int = Field(2000, ge=1, description="most open websockets; beyond it 4429 too_many")
@@ -43,7 +44,7 @@ class Settings(BaseSettings):
     origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="origins whose pages may open websockets, comma separated, * for any; default: the same host"
     )
-    drain_s: float = Field(5.0, ge=0, description="seconds that messages under way get to finish at shutdown")
+    drain_s: Seconds = Field(5.0, ge=0, description="seconds that messages under way get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON lines")
     workers: int = Field(1, description="processes; only 1 until sessions have a shared store")
@@ -65,7 +66,13 @@ class Settings(BaseSettings):
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and len(value.get_secret_value()) < 8:
             raise ValueError("a token needs at least 8 characters")
+        if value is not None and not _can_be_sent(value.get_secret_value()):
+            raise ValueError("a token is made of printable ASCII characters, with no space at either end: no other can be sent in a header")
         return value
+
+
+def _can_be_sent(token: str) -> bool:
+    return token.isascii() and token.isprintable() and token == token.strip()
 
 
 def load_settings(environment: Mapping[str, str] | None = None, **overrides: Any) -> Settings:

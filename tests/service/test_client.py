@@ -451,8 +451,9 @@ def test_an_error_of_a_newer_service_keeps_its_code() -> None:
 
 
 def test_no_service_there() -> None:
-    with pytest.raises(ClientError, match="looks like http"):
-        Client("localhost:8000")
+    for address in ("localhost:8000", "http://", "http://localhost:99999", "http://[::1", "http://localhost:8000?x=1", ""):
+        with pytest.raises(ClientError, match="looks like http"):
+            AsyncClient(address)
     with Client("http://127.0.0.1:9", retry=QUICK) as client:
         with pytest.raises(Unreachable, match=re.escape("no service at http://127.0.0.1:9")):
             client.models()
@@ -460,19 +461,20 @@ def test_no_service_there() -> None:
             pass
 
 
-def test_another_server_than_ours() -> None:
+@pytest.mark.parametrize("status", ["404", "200"])
+def test_another_server_than_ours(status: str) -> None:
     async def page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 4\r\nconnection: close\r\n\r\nhtml")
+        writer.write(f"HTTP/1.1 {status} Whatever\r\n".encode() + b"content-length: 4\r\nconnection: close\r\n\r\nhtml")
         await writer.drain()
         writer.close()
 
     async def case() -> None:
         other = await asyncio.start_server(page, "127.0.0.1", 0)
         async with other, AsyncClient(f"http://127.0.0.1:{other.sockets[0].getsockname()[1]}") as client:
-            with pytest.raises(ClientError, match="status 404, not by this service"):
+            with pytest.raises(ClientError, match=f"status {status}, not by this service"):
                 await client.models()
-            with pytest.raises(ClientError, match="status 404, not by this service"):
+            with pytest.raises(ClientError, match=f"status {status}, not by this service"):
                 async with client.stream("channels"):
                     pass
 

@@ -84,7 +84,11 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.txt", "1 2 3", "ends in .npy, .npz, .json, .csv"),
     ("a.npy", b"nonsense", "cannot be read"),
     ("a.npz", b"PK nonsense", "cannot be read"),
+    ("b.npz", b"PK\x03\x04 cut off", "cannot be read"),
     ("a.json", "{", "cannot be read"),
+    ("a.json", "[" * 9000 + "]" * 9000, "cannot be read"),
+    ("a.json", "[[1" + 400 * "0" + "]]", "cannot be read"),
+    ("a.json", '{"frames": [[1, 2]], "fps": 0}', "got fps 0"),
     ("a.json", '{"clip": []}', "expected"),
     ("a.json", "[[1, 2], [3]]", "cannot be read"),
     ("a.json", '[["a"], ["b"]]', "cannot be read"),
@@ -94,6 +98,7 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "1,2\n3,four\n", "line 2: 'four' is no number"),
     ("a.csv", "", "expected frames of shape"),
     ("a.csv", b"\xff\xfe\x00", "cannot be read"),
+    ("a.csv", '"' + 200_000 * "1" + '",2', "cannot be read"),
 ]
 
 
@@ -196,6 +201,8 @@ FAULTS: list[tuple[str, Callable[[Path], list[Any]], str]] = [
     ("wrong layout", lambda clip: [clip, "--model", "skeleton", "--layout", "horse"], "--layout may be one of"),
     ("wrong rate", lambda clip: [clip, "--model", "channels", "--fps", "12"], "takes 30 frames a second, not 12"),
     ("bad address", lambda clip: [clip, "--model", "channels", "--url", "nowhere"], "looks like http://127.0.0.1:8000"),
+    ("endless rate", lambda clip: [clip, "--model", "channels", "--fps", "inf"], "--fps must be a number above 0"),
+    ("token beyond ASCII", lambda clip: [clip, "--model", "channels", "--token", "pässword"], "printable ASCII"),
     ("nothing there", lambda clip: [clip, "--model", "channels", "--url", "http://127.0.0.1:9"], "start it with `python -m service`"),
 ]
 

@@ -40,6 +40,9 @@ def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPa
         ("INDRNN_DEVICE", "tpu", "INDRNN_DEVICE: "),
         ("INDRNN_WORKERS", "2", "INDRNN_WORKERS: only 1 is possible"),
         ("INDRNN_DEADLINE_S", "0", "INDRNN_DEADLINE_S: "),
+        ("INDRNN_DRAIN_S", "inf", "INDRNN_DRAIN_S: "),
+        ("INDRNN_TOKEN", "pässword", "INDRNN_TOKEN: a token is made of printable ASCII"),
+        ("INDRNN_MANAGEMENT_TOKEN", "password ", "INDRNN_MANAGEMENT_TOKEN: a token is made of printable ASCII"),
     ],
 )
 def test_faults_name_the_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
