@@ -126,7 +126,7 @@ class FrameReader:
         return between.join(map(str, self.shape))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: made for each message, and frozen ones take four times as long
 class Payload:
     """Frames as they came: parsed JSON, raw bytes or a NumPy file; `size` in bytes, `count` as a header announced it."""
 

@@ -215,7 +215,10 @@ class Stream:
             if isinstance(message, ServiceError):
                 raise message
             if isinstance(message, Frames):
-                await self._advance_together(self._session, self._with_followers(self._session, message))
+                if self._queue and len(together := self._with_followers(self._session, message)) > 1:
+                    await self._advance_together(self._session, together)
+                else:
+                    await self._advance(self._session, message)
             elif isinstance(message, Reset):
                 await self._predictor.reset(self._session, message.at, self)
             elif isinstance(message, Close):
@@ -236,7 +239,7 @@ class Stream:
 
     async def _advance_together(self, session: Session, messages: list[Frames]) -> None:
         """One run, an answer for each message. Where that fails nothing has changed, and each message gets what it deserves alone."""
-        if len(messages) > 1 and messages[0].first == session.next_frame:
+        if messages[0].first == session.next_frame:
             joined = join(messages)
             try:
                 answer = await self._predictor.advance(session, joined.first, joined.count, _payload(joined), self._all_scores, self)
@@ -255,7 +258,9 @@ class Stream:
         self._room.set()
 
     async def _advance(self, session: Session, message: Frames) -> None:
-        await self._acknowledgement(session, message.first + message.count - session.next_frame)
+        frames = message.first + message.count - session.next_frame
+        if session.answers.room < frames:
+            await self._acknowledgement(session, frames)
         answer = await self._predictor.advance(session, message.first, message.count, _payload(message), self._options, self)
         await self._answer(message, answer)
 
@@ -293,10 +298,7 @@ class Stream:
         return data if text is None else text
 
     async def _send(self, message: str | bytes) -> None:
-        if isinstance(message, str):
-            await self._websocket.send_text(message)
-        else:
-            await self._websocket.send_bytes(message)
+        await self._websocket.send({"type": "websocket.send", "text" if isinstance(message, str) else "bytes": message})
 
     async def _refuse(self, error: ServiceError) -> None:
         """Says what is wrong and closes with its code; the session, if any, stays to be resumed."""
