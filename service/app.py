@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -13,12 +14,12 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from service.errors import Malformed, MethodNotAllowed, NotFound, ServiceError, Unauthenticated
+from service.errors import Draining, Malformed, MethodNotAllowed, NotFound, ServiceError, Unauthenticated
 from service.gate import Gate
 from service.metrics import Metrics
 from service.predictor import Predictor
@@ -92,6 +93,11 @@ class Edge:
             await self._app(scope, receive, sending)
         except ServiceError as error:
             await self._answer(error, scope, receive, sending)
+        except ClientDisconnect:  # in the middle of its body: nobody is left to be answered
+            status = status or 499
+        except asyncio.CancelledError:  # at shutdown the server's patience ends with requests that do not
+            if not status:
+                await self._answer(Draining("the service is shutting down", retry_after=5), scope, receive, sending)
         except Exception:
             log.exception("request failed", request=request_id, method=scope["method"], route=_route(scope))
             if not status:

@@ -135,6 +135,32 @@ def test_a_message_that_waits_too_long(start: Callable[..., Any]) -> None:
         assert http.post("/v1/models/channels/predict", json={"frames": [[0, 0, 0]]}).status_code in (200, 408)
 
 
+def _half_a_request(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    half = socket.create_connection((host, int(port)), timeout=60)
+    half.sendall(b'POST /v1/models/channels/predict HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{"frames"')
+    return half
+
+
+def test_a_request_that_never_ends_does_not_hold_up_the_end(start: Callable[..., Any]) -> None:
+    with start(INDRNN_DRAIN_S="0.5") as server, _half_a_request(server) as half:
+        httpx.get(f"{server.url}/health/live").raise_for_status()
+        assert server.stop() == 0
+        answer = half.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b'"draining"' in answer
+        assert "Traceback" not in server.errors()
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure(start: Callable[..., Any]) -> None:
+    with start() as server:
+        with _half_a_request(server):
+            httpx.get(f"{server.url}/health/live").raise_for_status()
+        httpx.get(f"{server.url}/health/live").raise_for_status()
+        assert server.stop() == 0
+        assert "failed" not in server.errors()
+
+
 def test_what_stops_the_start(models: Path, tmp_path: Path) -> None:
     given = ("--models", str(models))
     assert refuse(*given, INDRNN_PROT="80").startswith("error: unknown setting INDRNN_PROT; did you mean INDRNN_PORT?")
