@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,10 @@ def test_rate_from_the_column(tmp_path: Path) -> None:
     index(tmp_path, "a.npy,x,25", "b.npy,x,25.0", header="file,label,fps")
     assert load(tmp_path, fps=None).fps == 25.0
     assert load(tmp_path, fps=25.0).fps == 25.0
+    index(tmp_path, "a.npy,x", "b.npy,x")
+    for rate in (-1.0, 0.0, math.nan):
+        with pytest.raises(DataError, match="expected a number above 0"):
+            load(tmp_path, fps=rate)
 
 
 def test_integers_and_doubles_become_float32(tmp_path: Path) -> None:

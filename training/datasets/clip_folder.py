@@ -152,6 +152,8 @@ def _rate(index: Path, rows: list[_Row], fps: float | None) -> float:
     if "fps" not in rows[0].values:
         if fps is None:
             raise DataError(f"{index}: expected a column fps, or the rate from the caller (fps=)")
+        if not 0 < fps < math.inf:
+            raise DataError(f"{index}: fps={fps!r}, expected a number above 0")
         return fps
     for row in rows:
         try:
