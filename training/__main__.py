@@ -72,7 +72,7 @@ def train(
             chosen = fit(settings, splits.training, splits.validation, folder, resume=resume, watch=watch)
     except KeyboardInterrupt:
         if (folder / checkpoints.LAST).exists():
-            _say(f"stopped; the last whole epoch is kept. Go on with: python -m training train {config} --resume (and the same options)")
+            _say(f"stopped; the last whole epoch is kept. Go on with: {_python()} -m training train {config} --resume (and the same options)")
         else:
             _say("stopped before the first epoch was done: nothing is kept")
         raise typer.Exit(130) from None
@@ -83,7 +83,7 @@ def train(
         result = run_clips(checkpoints.load(chosen).network(), splits.validation)
         draw_confusion(result, splits.validation.classes, folder / "confusion.png")
         Console().print(recall_table(result, splits.validation.classes, f"{settings.name}, validation"))
-    _say(f"next: python -m training evaluate {folder}   or   python -m training export {folder} --to models/{settings.name}/1")
+    _say(f"next: {_python()} -m training evaluate {folder}   or   {_python()} -m training export {folder}")
 
 
 @app.command()
@@ -133,7 +133,7 @@ def export(
     console.print(f"[bold]{escape(str(target / 'model.onnx'))}[/bold]  accuracy {100 * result.accuracy:.1f} % ({escape(protocol)})", soft_wrap=True)
     console.print(f"  parity {manifest.parity.scores_abs:.1e}; on streams: {100 * stream.accuracy_first:.1f} % at the first clip, ", end="")
     console.print(f"{100 * stream.accuracy_last:.1f} % at the last five of twenty" + (" [yellow](declines)[/yellow]" if stream.declines else ""))
-    _say(f"next: python -m service --models {target.parent.parent}")
+    _say(f"next: {_python()} -m service --models {target.parent.parent}")
 
 
 @app.command()
@@ -179,6 +179,12 @@ def _say(*lines: str) -> None:
     """Lines as they are, whatever brackets are in them and however narrow the terminal is."""
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _python() -> str:
+    """The Python that runs this, as a person in this folder would type it."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _with_path(config: Config, path: str) -> Config:

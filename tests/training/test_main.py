@@ -76,6 +76,7 @@ def test_from_a_clip_folder_to_a_verified_file(training: Any, one_line: Any, fol
     trained = training("train", config, "--data", folder, "--set", "seed=3", "--set", "model.missing=true")
     assert trained.code == 0, trained.err
     assert "validation" in trained.out
+    assert f"next: {sys.executable} -m training evaluate {Path('runs/tiny/seed-3')} " in trained.err
     assert "epoch and configuration chosen on subject c of the training data, held out" in trained.err
     run = tmp_path / "runs" / "tiny" / "seed-3"
     assert {"best.pt", "last.pt", "metrics.jsonl", "config.toml", "curves.png", "confusion.png", "tensorboard"} <= set(os.listdir(run))
