@@ -52,12 +52,16 @@ class Catalog:
     def load(cls, directories: Sequence[Path], device: DeviceChoice, threads: int | None) -> Catalog:
         """Loads every model of every directory; a name found in an earlier directory hides the same name in later ones.
 
-        Raises `StartupError` when nothing can be served.
+        Raises `StartupError` when nothing can be served or a directory cannot be read.
         """
         entries: list[Entry] = []
         failures: list[Failure] = []
         for name, folder in _model_folders(directories):
-            versions = sorted((path for path in folder.iterdir() if path.is_dir() and not _hidden(path)), key=lambda path: natural(path.name))
+            try:
+                versions = sorted(_folders(folder), key=lambda path: natural(path.name))
+            except OSError as error:
+                failures.append(Failure(name, "", f"{folder} cannot be read: {error.strerror}"))
+                continue
             if not versions:
                 failures.append(Failure(name, "", f"{folder} holds no <version>/{MODEL_FILE}"))
             for version in versions:
@@ -102,10 +106,17 @@ def _model_folders(directories: Sequence[Path]) -> list[tuple[str, Path]]:
     found: dict[str, Path] = {}
     for directory in directories:
         if directory.is_dir():
-            for folder in sorted(directory.iterdir()):
-                if folder.is_dir() and not _hidden(folder):
-                    found.setdefault(folder.name, folder)
+            try:
+                folders = _folders(directory)
+            except OSError as error:
+                raise StartupError(f"the models directory {directory} cannot be read: {error.strerror}") from None
+            for folder in folders:
+                found.setdefault(folder.name, folder)
     return sorted(found.items())
+
+
+def _folders(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.is_dir() and not _hidden(path)]
 
 
 def _hidden(path: Path) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,21 @@ def test_nothing_to_serve_stops_the_start(tmp_path: Path) -> None:
     toy_models.write_without_manifest(tmp_path, "bare")
     with pytest.raises(StartupError, match=r"none of the models .* bare 1: the file's metadata has no 'manifest'"):
         load(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read_keeps_nothing_else_from_being_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_models.write_toy(tmp_path, "channels")
+    (locked := tmp_path / "locked").mkdir()
+    listing = Path.iterdir
+
+    def refusing(path: Path) -> Iterator[Path]:
+        if path == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    catalog = load(tmp_path)
+    assert catalog.names() == ["channels"]
+    assert [failure.reason for failure in catalog.failures] == [f"{locked} cannot be read: Permission denied"]
+    with pytest.raises(StartupError, match="locked cannot be read: Permission denied"):
+        load(locked)
