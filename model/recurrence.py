@@ -1,47 +1,75 @@
-"""The IndRNN recurrence as one torch operator: h[t] = relu(z[t] + u * h[t-1]) (Li et al., CVPR 2018, equation 2).
+"""The IndRNN recurrence as one torch operator: h[t] = activation(z[t] + u * h[t-1]) (Li et al., CVPR 2018, equation 2).
 
-    z     (T, B, N)  input of the recurrence, W x[t] + b
-    u     (N,)       one recurrent weight per unit
-    h     (B, N)     state before the first step
-    mask  (T, B)     bool; where False the row stands still: the output repeats the state
-    ->    (T, B, N)  states; the last one is the state to carry on with
+    z           (T, B, N)  input of the recurrence, W x[t] + b
+    u           (N,)       one recurrent weight per unit
+    h           (B, N)     state before the first step
+    mask        (T, B)     bool; where False the row stands still: the output repeats the state
+    activation             "relu", "tanh" or "identity"
+    ->          (T, B, N)  states, in the dtype of z; the last one is the state to carry on with
 
 `recur_loop` is the definition. `recur` gives the same numbers through compiled kernels; under `torch.export` it becomes one
-`indrnn::Recurrence` node, to which the exporter gives meaning by an ONNX local function. `hold` is its sibling for missing data.
+node, `indrnn::Recurrence` for ReLU, to which the exporter gives meaning by an ONNX local function. `hold` is its sibling for missing
+data.
+
+Floating types: z, u and h share one of float32 and float64; or z is bfloat16 or float16, as autocast makes it, and u and h are float32
+or the type of z. Half types are for storage only: the state is carried, and all arithmetic done, in float32.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Activation = Literal["relu", "tanh", "identity"]
+
 ONNX_DOMAIN = "indrnn"
-RECURRENCE, HOLD = "Recurrence", "Hold"  # local functions in the exported file
+# Local functions in the exported file.
+RECURRENCES: dict[Activation, str] = {"relu": "Recurrence", "tanh": "RecurrenceTanh", "identity": "RecurrenceIdentity"}
+RECURRENCE, HOLD = RECURRENCES["relu"], "Hold"
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *HALVES)
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda x: x}
 
 
-def recur_loop(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> Tensor:
+def recur_loop(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: Activation = "relu") -> Tensor:
     """The reference: a plain loop over time, differentiable by autograd. Slow; see `recur`."""
-    states = []
+    return _loop(z, u, h, mask, activation)
+
+
+def _loop(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> Tensor:
+    wide, act = _wide(z.dtype), _ACTIVATIONS[activation]
+    u, state, states = u.to(wide), h.to(wide), []
     for z_t, mask_t in zip(z.unbind(0), mask.unbind(0), strict=True):  # unbind: indexing would cost a full-size zero tensor per step backward
-        h = torch.where(mask_t[:, None], torch.relu(z_t + u * h), h)
-        states.append(h)
+        state = torch.where(mask_t[:, None], act(z_t.to(wide) + u * state), state)
+        states.append(state.to(z.dtype))
     return torch.stack(states) if states else z.new_empty(z.shape)
 
 
-def recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> Tensor:
-    """h[t] = relu(z[t] + u * h[t-1]) over time; shapes at the top of the module.
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which the state is carried for a z of this type."""
+    return torch.float32 if dtype in HALVES else dtype
 
-    Floating types must agree. Raises `ValueError` when shapes do not fit together.
+
+def recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: Activation = "relu") -> Tensor:
+    """h[t] = activation(z[t] + u * h[t-1]) over time; shapes and types at the top of the module.
+
+    Raises `ValueError` when shapes or types do not fit together, or the activation is none of the three.
     """
+    if activation not in RECURRENCES:
+        raise ValueError(f"recur: activation is one of {', '.join(RECURRENCES)}, not {activation!r}")
     if _exporting():
-        return _symbol(RECURRENCE, (z, u, h, mask[..., None]), z)
+        return _symbol(RECURRENCES[activation], (z, u, h, mask[..., None]), z)
     _check(z, u, h, mask)
-    y: Tensor = _recur(z, u, h, mask)
+    y: Tensor = _recur(z, u, h, mask, activation)
     return y
 
 
@@ -71,68 +99,80 @@ def _check(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> None:
             f"recur: z {tuple(z.shape)} needs u ({units},), h ({batch}, {units}), mask ({steps}, {batch}) bool; "
             f"got u {tuple(u.shape)}, h {tuple(h.shape)}, mask {tuple(mask.shape)} {mask.dtype}"
         )
-    if not z.dtype == u.dtype == h.dtype:
-        raise ValueError(f"recur: z, u and h must have one dtype, got {z.dtype}, {u.dtype}, {h.dtype}")
+    if z.dtype not in FLOATS or any(x.dtype not in (z.dtype, _wide(z.dtype)) for x in (u, h)):
+        raise ValueError(f"recur: z, u and h must have one floating dtype, or z a half type and u, h float32; got {z.dtype}, {u.dtype}, {h.dtype}")
 
 
 @functools.cache
-def _compiled_cpu() -> ModuleType | None:
-    if importlib.util.find_spec("numba") is None:
-        return None
-    from model.kernels import cpu
-
-    return cpu
-
-
-def _kernel(z: Tensor) -> ModuleType | None:
-    """The compiled kernel for this device and dtype, or None: the loop serves."""
-    if z.device.type == "cpu" and z.dtype in (torch.float32, torch.float64):
-        return _compiled_cpu()
+def _compiled(device: str) -> ModuleType | None:
+    """The kernels for a kind of device, where what compiles them is installed."""
+    if device == "cpu" and importlib.util.find_spec("numba"):
+        return importlib.import_module("model.kernels.cpu")
+    if device == "cuda" and importlib.util.find_spec("triton") and importlib.util.find_spec("model.kernels.cuda"):
+        return importlib.import_module("model.kernels.cuda")
     return None
 
 
+def _kernel(x: Tensor) -> ModuleType | None:
+    """The compiled kernels for this tensor's device, or None: the loop serves."""
+    return _compiled(x.device.type)
+
+
 @torch.library.custom_op("indrnn::recur", mutates_args=())
-def _recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> Tensor:
+def _recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str = "relu") -> Tensor:
     kernel = _kernel(z)
-    forward: Callable[..., Tensor] = kernel.forward if kernel else recur_loop
-    return forward(z, u, h, mask)
+    forward: Callable[..., Tensor] = kernel.forward if kernel else _loop
+    return forward(z, u, h, mask, activation)
 
 
 @_recur.register_fake
-def _(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> Tensor:
+def _(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str = "relu") -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("indrnn::recur_backward", mutates_args=())
-def _recur_backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _recur_backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str = "relu") -> tuple[Tensor, Tensor, Tensor]:
     kernel = _kernel(y)
-    if kernel:
-        gradients: tuple[Tensor, Tensor, Tensor] = kernel.backward(gy, y, u, h, mask)
-        return gradients
-    g, gu, gz = torch.zeros_like(h), torch.zeros_like(h), torch.empty_like(y)
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = kernel.backward if kernel else _loop_backward
+    return backward(gy, y, u, h, mask, activation)
+
+
+def _loop_backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _wide(y.dtype)
+    decay, start, gz = u.to(wide), h.to(wide), torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    g, gu = torch.zeros_like(start), torch.zeros_like(start)
     for t in range(len(y) - 1, -1, -1):
-        total = gy[t] + g
-        d = torch.where((y[t] <= 0) | ~mask[t][:, None], 0.0, total)
+        moves, y_t, total = mask[t][:, None], y[t].to(wide), gy[t].to(wide) + g
+        d = torch.where(moves, _through(total, y_t, activation), 0.0)
         gz[t] = d
-        gu += d * (y[t - 1] if t else h)
-        g = torch.where(mask[t][:, None], d * u, total)
-    return gz, gu.sum(0), g
+        gu += d * (y[t - 1] if t else start)
+        g = torch.where(moves, d * decay, total)
+    return gz, gu.sum(0).to(u.dtype), g.to(h.dtype)
+
+
+def _through(g: Tensor, y: Tensor, activation: str) -> Tensor:
+    """The gradient before the activation, from the one behind it and from its output y alone."""
+    if activation == "relu":
+        return torch.where(y <= 0, 0.0, g)
+    return g * (1 - y * y) if activation == "tanh" else g
 
 
 @_recur_backward.register_fake
-def _(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(y), torch.empty_like(u), torch.empty_like(h)
+def _(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str = "relu") -> tuple[Tensor, Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (y, u, h))  # type: ignore[return-value]
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    _, u, h, mask = inputs
+def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+    _, u, h, mask, activation = inputs
     ctx.save_for_backward(output, u, h, mask)
+    ctx.activation = activation  # type: ignore[attr-defined]
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, gy: Tensor) -> tuple[Tensor | None, ...]:
     y, u, h, mask = ctx.saved_tensors  # type: ignore[attr-defined]
-    gz, gu, gh = _recur_backward(gy, y, u, h, mask)
-    return gz, gu, gh, None
+    gz, gu, gh = _recur_backward(gy, y, u, h, mask, ctx.activation)  # type: ignore[attr-defined]
+    return gz, gu, gh, None, None
 
 
 _recur.register_autograd(_differentiate, setup_context=_remember)

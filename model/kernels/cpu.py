@@ -21,7 +21,10 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
+HALVES = (torch.bfloat16, torch.float16)
 SMALL = 1 << 14  # elements below which handing work to another thread costs more than it saves
+RELU, TANH, IDENTITY = 0, 1, 2
+KINDS = {"relu": RELU, "tanh": TANH, "identity": IDENTITY}
 LINE = 16  # float32 values in a cache line: slices of units start at multiples of it
 
 _pool: ThreadPoolExecutor | None = None
@@ -39,7 +42,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @_compiled
-def _forward(z: Array, u: Array, h0: Array, mask: Array, y: Array, rows: slice, units: slice) -> None:
+def _forward(z: Array, u: Array, h0: Array, mask: Array, y: Array, kind: int, rows: slice, units: slice) -> None:
     zero = z.dtype.type(0)
     first, count = units.start, units.stop - units.start
     decay = u[units].copy()
@@ -50,7 +53,10 @@ def _forward(z: Array, u: Array, h0: Array, mask: Array, y: Array, rows: slice, 
             if mask[t, b]:
                 for n in range(count):
                     v = z_t[n] + decay[n] * h[n]
-                    v = zero if v <= zero else v  # written so that NaN stays NaN, as in torch and onnxruntime
+                    if kind == RELU:
+                        v = zero if v <= zero else v  # written so that NaN stays NaN, as in torch and onnxruntime
+                    elif kind == TANH:
+                        v = np.tanh(v)
                     h[n] = v
                     y_t[n] = v
             else:
@@ -59,8 +65,8 @@ def _forward(z: Array, u: Array, h0: Array, mask: Array, y: Array, rows: slice, 
 
 
 @_compiled
-def _backward(gy: Array, y: Array, u: Array, h0: Array, mask: Array, gz: Array, gu_rows: Array, gh: Array, rows: slice, units: slice) -> None:
-    zero = gy.dtype.type(0)
+def _backward(gy: Array, y: Array, u: Array, h0: Array, mask: Array, gz: Array, gu_rows: Array, gh: Array, kind: int, rows: slice, units: slice) -> None:
+    zero, one = gy.dtype.type(0), gy.dtype.type(1)
     first, count = units.start, units.stop - units.start
     decay = u[units].copy()
     for b in range(rows.start, rows.stop):
@@ -72,7 +78,11 @@ def _backward(gy: Array, y: Array, u: Array, h0: Array, mask: Array, gz: Array, 
                 y_t = y[t, b, first : first + count]
                 before = y[t - 1, b, first : first + count] if t > 0 else h0[b, first : first + count]
                 for n in range(count):
-                    d = zero if y_t[n] <= zero else gy_t[n] + g[n]
+                    d = gy_t[n] + g[n]
+                    if kind == RELU:
+                        d = zero if y_t[n] <= zero else d
+                    elif kind == TANH:
+                        d *= one - y_t[n] * y_t[n]
                     gz_t[n] = d
                     gu[n] += d * before[n]
                     g[n] = d * decay[n]
@@ -84,19 +94,26 @@ def _backward(gy: Array, y: Array, u: Array, h0: Array, mask: Array, gz: Array, 
         gh[b, units] = g
 
 
-def forward(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> Tensor:
-    """`recur` for float32 or float64 CPU tensors: z (T, B, N), u (N,), h (B, N), mask (T, B) bool -> y (T, B, N)."""
+def forward(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> Tensor:
+    """`recur` for CPU tensors: z (T, B, N), u (N,), h (B, N), mask (T, B) bool -> y (T, B, N). Half types are computed in float32."""
+    if z.dtype in HALVES:
+        return forward(z.float(), u.float(), h.float(), mask, activation).to(z.dtype)
     y = torch.empty(z.shape, dtype=z.dtype)
     arrays = [_numpy(x) for x in (z, u, h, mask, y)]
-    _over_slices(lambda rows, units: _forward(*arrays, rows, units), z.shape)
+    kind = KINDS[activation]
+    _over_slices(lambda rows, units: _forward(*arrays, kind, rows, units), z.shape)
     return y
 
 
-def backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to z, u and h, given the gradient gy of the output y."""
+    if y.dtype in HALVES:
+        gz, gu, gh = backward(gy.float(), y.float(), u.float(), h.float(), mask, activation)
+        return gz.to(y.dtype), gu.to(u.dtype), gh.to(h.dtype)
     gz, gu_rows, gh = torch.empty(y.shape, dtype=y.dtype), torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
     arrays = [_numpy(x) for x in (gy, y, u, h, mask, gz, gu_rows, gh)]
-    _over_slices(lambda rows, units: _backward(*arrays, rows, units), y.shape)
+    kind = KINDS[activation]
+    _over_slices(lambda rows, units: _backward(*arrays, kind, rows, units), y.shape)
     return gz, gu_rows.sum(0), gh
 
 

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.recurrence import hold, recur, recur_loop
+from model.recurrence import RECURRENCES, Activation, hold, recur, recur_loop
 
 ROOT = Path(__file__).parents[2]
+
+
+ACTIVATIONS = list(RECURRENCES)
 
 
 def case(steps: int, batch: int, units: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -27,32 +30,76 @@ def case(steps: int, batch: int, units: int, dtype: torch.dtype = torch.float32,
 
 
 @settings(deadline=None, max_examples=60)
-@given(steps=st.integers(0, 40), batch=st.integers(0, 9), units=st.integers(0, 70), seed=st.integers(0, 2**31))
-def test_kernel_equals_loop_on_ragged_batches(steps: int, batch: int, units: int, seed: int) -> None:
-    inputs = case(steps, batch, units, seed=seed)
+@given(steps=st.integers(0, 40), batch=st.integers(0, 9), units=st.integers(0, 70), seed=st.integers(0, 2**31), activation=st.sampled_from(ACTIVATIONS))
+def test_kernel_equals_loop_on_ragged_batches(steps: int, batch: int, units: int, seed: int, activation: Activation) -> None:
+    inputs = *case(steps, batch, units, seed=seed), activation
     # A compiler may contract z + u * h into one rounding; so float32 agreement is to the last place, not to the bit.
     torch.testing.assert_close(recur(*inputs), recur_loop(*inputs), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (50, 4, 33), (300, 8, 64), (200, 1, 512)])
-def test_gradients_equal_those_of_the_loop(shape: tuple[int, int, int]) -> None:
+def test_gradients_equal_those_of_the_loop(shape: tuple[int, int, int], activation: Activation) -> None:
     z, u, h, mask = case(*shape, dtype=torch.float64)
     leaves = [x.clamp(-1, 1).requires_grad_() for x in (z, u, h)]
     gy = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ours = torch.autograd.grad(recur(*leaves, mask), leaves, gy)
-    theirs = torch.autograd.grad(recur_loop(*leaves, mask), leaves, gy)
+    ours = torch.autograd.grad(recur(*leaves, mask, activation), leaves, gy)
+    theirs = torch.autograd.grad(recur_loop(*leaves, mask, activation), leaves, gy)
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, reference)
 
 
-def test_gradcheck_in_float64() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_in_float64(activation: Activation) -> None:
     z, u, h, mask = case(7, 3, 5, torch.float64, seed=4)
-    assert torch.autograd.gradcheck(lambda z, u, h: recur(z, u, h, mask), [x.requires_grad_() for x in (z, u, h)])
+    assert torch.autograd.gradcheck(lambda z, u, h: recur(z, u, h, mask, activation), [x.requires_grad_() for x in (z, u, h)])
 
 
-def test_registered_operator_obeys_the_rules_of_torch() -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registered_operator_obeys_the_rules_of_torch(dtype: torch.dtype, activation: Activation) -> None:
     z, u, h, mask = case(5, 2, 3)
-    torch.library.opcheck(torch.ops.indrnn.recur.default, (z.requires_grad_(), u.requires_grad_(), h.requires_grad_(), mask))
+    torch.library.opcheck(torch.ops.indrnn.recur.default, (z.to(dtype).requires_grad_(), u.requires_grad_(), h.requires_grad_(), mask, activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", ["float32", "half"])
+def test_half_types_are_computed_in_float32(half: torch.dtype, parameters: str, activation: Activation) -> None:
+    z, u, h, mask = case(60, 3, 20)
+    z, u, h = z.to(half), (u * 0.8).to(half), h.to(half)
+    if parameters == "float32":
+        u, h = u.float(), h.float()
+    leaves, gy = [x.requires_grad_() for x in (z, u, h)], torch.randn(60, 3, 20, generator=torch.Generator().manual_seed(1)).to(half)
+    y = recur(*leaves, mask, activation)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    reference = recur_loop(*exact, mask, activation)
+    assert y.dtype == half
+    rounding = torch.finfo(half).eps  # one rounding on the way out, none carried along
+    torch.testing.assert_close(y.double(), reference, rtol=rounding, atol=1e-5)
+    ours, theirs = torch.autograd.grad(y, leaves, gy), torch.autograd.grad(reference, exact, gy.double())
+    loops = torch.autograd.grad(recur_loop(*leaves, mask, activation), leaves, gy)
+    for leaf, mine, loop, exactly in zip(leaves, ours, loops, theirs, strict=True):
+        assert mine.dtype == loop.dtype == leaf.dtype
+        torch.testing.assert_close(mine.double(), exactly, rtol=4 * rounding, atol=4 * rounding * float(exactly.abs().max()))
+
+
+def test_autocast_gives_the_recurrence_half_inputs_and_float32_weights() -> None:
+    linear, u, mask = torch.nn.Linear(6, 8), torch.rand(8, requires_grad=True), torch.ones(5, 2, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = recur(linear(torch.randn(5, 2, 6)), u, torch.zeros(2, 8), mask)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert u.grad is not None
+    assert u.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_loop_serves_where_no_kernel_does(activation: Activation, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, u, h, mask = case(7, 3, 5, torch.float64, seed=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("model.recurrence._kernel", lambda x: None)
+        assert torch.autograd.gradcheck(lambda z, u, h: recur(z, u, h, mask, activation), [x.requires_grad_() for x in (z, u, h)])
 
 
 def test_two_chunks_equal_one_clip() -> None:
@@ -92,8 +139,11 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     z, u, h, mask = case(3, 2, 4)
     with pytest.raises(ValueError, match=r"u \(5,\)"):
         recur(z, torch.rand(5), h, mask)
-    with pytest.raises(ValueError, match="one dtype"):
-        recur(z, u.double(), h, mask)
+    for wrong in ((z, u.double(), h), (z, u.bfloat16(), h), (z.bfloat16(), u.half(), h), (z.double(), u, h), (z.long(), u.long(), h.long())):
+        with pytest.raises(ValueError, match="one floating dtype"):
+            recur(*wrong, mask)
+    with pytest.raises(ValueError, match="relu, tanh, identity, not 'gelu'"):
+        recur(z, u, h, mask, "gelu")  # type: ignore[arg-type]
 
 
 def test_called_from_several_threads_at_once() -> None:
