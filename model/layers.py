@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+
+from model.normalise import Total, normalise
+
+
+@dataclass
+class Share:
+    """This process's part of a batch that several hold together: `rows` of `batch` rows; `total` adds up tensors over all processes.
+
+    A network whose layers were given one computes what it would on the whole batch (`take_part`).
+    """
+
+    total: Total
+    rows: slice
+    batch: int
 
 
 class SequenceNorm(nn.Module):
@@ -14,6 +30,7 @@ class SequenceNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    share: Share | None = None
 
     def __init__(self, units: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
@@ -25,10 +42,11 @@ class SequenceNorm(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (T, B, N), mask (T, B) bool."""
         if self.training:
-            x = torch.where(mask[..., None], x, 0.0)  # a product with zero would let NaN and infinities of masked steps through
-            mean, var = self._statistics(x, mask)
-            scale = self.weight * torch.rsqrt(var + self.eps)
-            return x * scale + (self.bias - mean * scale)
+            y, mean, var, count = normalise(x, mask, self.weight, self.bias, self.eps, self.share.total if self.share else None)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_((var * (count / (count - 1).clamp(min=1.0))).to(self.running_var), self.momentum)
+            return y
         scale, shift = self.affine()
         return x * scale + shift
 
@@ -36,16 +54,6 @@ class SequenceNorm(nn.Module):
         """The (scale, shift) that evaluation applies, each (N,)."""
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return scale, self.bias - self.running_mean * scale
-
-    def _statistics(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        real = mask.to(x.dtype)[..., None]
-        count = real.sum().clamp(min=1.0)
-        mean = x.sum((0, 1)) / count  # masked steps are zeros here
-        var = ((x - mean).square() * real).sum((0, 1)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1).clamp(min=1.0)), self.momentum)
-        return mean, var
 
 
 class Standardise(nn.Module):
@@ -69,7 +77,12 @@ class Standardise(nn.Module):
 
 
 class SequenceDropout(nn.Module):
-    """Dropout with one mask per sequence, shared over time (paper 2, section III): (T, B, N) -> (T, B, N)."""
+    """Dropout with one mask per sequence, shared over time (paper 2, section III): (T, B, N) -> (T, B, N).
+
+    With a `share`, masks of the whole batch are drawn and this process's rows taken, so that all processes draw alike.
+    """
+
+    share: Share | None = None
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -80,8 +93,18 @@ class SequenceDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return x
-        keep = torch.empty(1, *x.shape[1:], dtype=x.dtype, device=x.device).bernoulli_(1.0 - self.rate)
+        rows = self.share.batch if self.share else x.shape[1]
+        keep = torch.empty(1, rows, *x.shape[2:], dtype=x.dtype, device=x.device).bernoulli_(1.0 - self.rate)
+        if self.share:
+            keep = keep[:, self.share.rows]
         return x * (keep / (1.0 - self.rate))
+
+
+def take_part(network: nn.Module, share: Share | None) -> None:
+    """Gives every layer that looks across the batch its share of it; None: the batch is all here."""
+    for module in network.modules():
+        if isinstance(module, SequenceNorm | SequenceDropout):
+            module.share = share
 
 
 def step_mask(lengths: Tensor, steps: int) -> Tensor:

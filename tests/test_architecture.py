@@ -15,8 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "model": [
         ["contract", "skeletons", "config", "kernels.*"],
-        ["recurrence", "layers"],
-        ["indrnn", "features"],
+        ["recurrence", "kernels.norm"],
+        ["normalise"],
+        ["layers"],
+        ["indrnn", "features", "baselines"],
+        ["dense"],
         ["backbones"],
         ["network"],
     ],
