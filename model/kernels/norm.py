@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.kernels.cpu import Array, _compiled, _numpy, _over_slices
+from model.kernels.cpu import Array, _compiled, _over_slices
 
 
 @_compiled
@@ -126,6 +126,10 @@ def gradient(g: Tensor, x: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
     arrays = [_numpy(v) for v in (g, x, mask, factors, gx)]
     _over_slices(lambda _, units: _gradient(*arrays, units), _flat(x))
     return gx
+
+
+def _numpy(x: Tensor) -> Array:
+    return x.detach().contiguous().numpy()
 
 
 def _flat(x: Tensor) -> torch.Size:
