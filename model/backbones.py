@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.indrnn import IndRNN, Recurrence, recurrent_bound
+from model.baselines import Baseline
+from model.config import BASELINES, ModelConfig
+from model.dense import Dense
+from model.indrnn import IndRNN, Recurrence, kaiming
 from model.layers import SequenceDropout, SequenceNorm
-
-
-def _bound(config: ModelConfig) -> float:
-    return recurrent_bound(config.horizon) if config.horizon else 1.0
 
 
 class Plain(nn.Module):
@@ -22,11 +22,7 @@ class Plain(nn.Module):
     def __init__(self, inputs: int, config: ModelConfig) -> None:
         super().__init__()
         widths = [inputs] + [config.units] * config.layers
-        memories = ["every"] * (config.layers - 1) + [config.memory]
-        self.cells = nn.ModuleList(
-            IndRNN(a, b, _bound(config), memory, config.horizon or 32)  # type: ignore[arg-type]
-            for a, b, memory in zip(widths[:-1], widths[1:], memories, strict=True)
-        )
+        self.cells = nn.ModuleList(IndRNN.of(config, a, b, last=i == config.layers - 1) for i, (a, b) in enumerate(pairwise(widths)))
         self.before = nn.ModuleList(SequenceNorm(config.units) if config.norm == "before" else nn.Identity() for _ in self.cells)
         self.after = nn.ModuleList(SequenceNorm(config.units) if config.norm == "after" else nn.Identity() for _ in self.cells)
         self.dropout = SequenceDropout(config.dropout)
@@ -49,11 +45,11 @@ class ResidualBlock(nn.Module):
         super().__init__()
         units = config.units
         self.norms = nn.ModuleList(SequenceNorm(units) for _ in range(2))
-        self.recurrences = nn.ModuleList(Recurrence(units, _bound(config)) for _ in range(2))
+        self.recurrences = nn.ModuleList(Recurrence.of(config, units) for _ in range(2))
         self.linears = nn.ModuleList(nn.Linear(units, units) for _ in range(2))
         for linear in self.linears:
-            nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")  # type: ignore[arg-type]
-            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+            assert isinstance(linear, nn.Linear)
+            kaiming(linear, config.activation)
         self.dropout = SequenceDropout(config.dropout)
 
     def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -73,7 +69,7 @@ class Residual(nn.Module):
         self.enter = nn.Linear(inputs, config.units)
         self.blocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.layers // 2))
         self.norm = SequenceNorm(config.units)
-        self.recurrence = Recurrence(config.units, _bound(config), config.memory, config.horizon or 32)
+        self.recurrence = Recurrence.of(config, config.units, last=True)
         self.state_widths, self.width = [config.units] * (config.layers + 1), config.units
 
     def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -89,6 +85,12 @@ def _normed(norm: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return norm(x, mask) if isinstance(norm, SequenceNorm) else x
 
 
-def backbone(inputs: int, config: ModelConfig) -> Plain | Residual:
+Backbone = Plain | Residual | Dense | Baseline
+
+
+def backbone(inputs: int, config: ModelConfig) -> Backbone:
     """The stack that `config.kind` names."""
-    return Plain(inputs, config) if config.kind == "plain" else Residual(inputs, config)
+    if config.kind in BASELINES:
+        return Baseline(inputs, config)
+    kinds: dict[str, type[Plain | Residual | Dense]] = {"plain": Plain, "residual": Residual, "dense": Dense}
+    return kinds[config.kind](inputs, config)

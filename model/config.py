@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Kind = Literal["plain", "residual", "dense", "rnn", "irnn", "gru", "lstm"]
+Activation = Literal["relu", "tanh", "identity"]
+BASELINES = ("rnn", "irnn", "gru", "lstm")  # what an IndRNN is held against; their matrices have no bound, so no horizon either
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a network. Raises `ValueError` naming the field when a value makes no sense."""
 
-    kind: Literal["plain", "residual"] = "residual"
-    layers: int = 4  # recurrent layers; a residual block has two
-    units: int = 256
-    norm: Literal["before", "after", "none"] = "after"  # batch normalisation beside the recurrence of a plain stack
+    kind: Kind = "residual"
+    layers: int = 4  # recurrent layers; a residual block has two; a dense stack goes by `blocks` instead
+    units: int = 256  # of each layer; a dense stack goes by `growth` instead
+    blocks: tuple[int, ...] = (8, 6, 4)  # dense layers in each block of a dense stack
+    growth: int = 16  # features that each dense layer adds
+    norm: Literal["before", "after", "none"] = "after"  # batch normalisation beside the recurrence; a residual stack always has its own
+    activation: Activation = "relu"  # of the recurrences
     horizon: int = 0  # frames after which the past is forgotten: bounds |u| below one; 0: |u| <= 1
     memory: Literal["every", "last"] = "every"  # initialisation of u in the last layer: a score at every step, or one at the end
-    dropout: float = 0.1
+    dropout: float = 0.1  # after each layer
     input_dropout: float = 0.0
+    bottleneck_dropout: float = 0.1  # inside each dense layer
+    transition_dropout: float = 0.3  # after each block of a dense stack
     view: Literal["camera", "body"] = "camera"  # skeletons: keep the camera's directions, or turn each body to face the same way
     average: int = 0  # frames over which scores are averaged, older ones fading out; 0: each step's own
     motion: bool = True  # add what changed since the previous frame
@@ -26,17 +35,37 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for holds, message in (
-            (self.kind in ("plain", "residual"), f"kind must be plain or residual, got {self.kind!r}"),
+            (self.kind in get_args(Kind), f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}"),
             (self.layers >= 1, f"layers must be at least 1, got {self.layers}"),
             (self.kind != "residual" or self.layers % 2 == 0, f"layers of a residual network come in pairs, got {self.layers}"),
             (self.units >= 1, f"units must be at least 1, got {self.units}"),
+            (len(self.blocks) >= 1 and min(self.blocks) >= 1, f"blocks must name at least one layer each, got {self.blocks}"),
+            (self.growth >= 1, f"growth must be at least 1, got {self.growth}"),
             (self.norm in ("before", "after", "none"), f"norm must be before, after or none, got {self.norm!r}"),
+            (self.activation in get_args(Activation), f"activation must be one of {', '.join(get_args(Activation))}, got {self.activation!r}"),
             (self.horizon >= 0, f"horizon must not be negative, got {self.horizon}"),
             (self.average >= 0, f"average must not be negative, got {self.average}"),
             (self.memory in ("every", "last"), f"memory must be every or last, got {self.memory!r}"),
-            (0 <= self.dropout < 1 and 0 <= self.input_dropout < 1, "dropout rates must be in [0, 1)"),
+            (all(0 <= rate < 1 for rate in self._dropouts), "dropout rates must be in [0, 1)"),
             (self.view in ("camera", "body"), f"view must be camera or body, got {self.view!r}"),
             (self.motion or self.positions, "motion and positions cannot both be off: nothing would be left"),
         ):
             if not holds:
                 raise ValueError(f"model: {message}")
+        if self.kind in BASELINES:
+            self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        """What only an IndRNN has is refused rather than silently left out of a comparison."""
+        for holds, message in (
+            (self.norm != "before", 'norm = "before" stands between the linear map and the recurrence, which are one in {}: take "after" or "none"'),
+            (self.horizon == 0, "horizon bounds u, and {} has none: set horizon = 0"),
+            (self.memory == "every", "memory initialises u, and {} has none"),
+            (self.activation == "relu", "activation is that of an IndRNN; {} has its own"),
+        ):
+            if not holds:
+                raise ValueError(f"model: {message.format(self.kind)}")
+
+    @property
+    def _dropouts(self) -> tuple[float, ...]:
+        return self.dropout, self.input_dropout, self.bottleneck_dropout, self.transition_dropout

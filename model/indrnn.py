@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from model.recurrence import recur
+from model.config import ModelConfig
+from model.recurrence import Activation, recur
 
 Memory = Literal["every", "last"]
 
@@ -23,21 +24,26 @@ def recurrent_bound(horizon: int, remainder: float = 0.01) -> float:
 
 
 class Recurrence(nn.Module):
-    """The recurrence alone, h[t] = relu(z[t] + u * h[t-1]), with its own vector u of `units` weights in [-bound, bound].
+    """The recurrence alone, h[t] = activation(z[t] + u * h[t-1]), with its own vector u of `units` weights in [-bound, bound].
 
     `memory="every"` draws u from Uniform(0, bound), so that units keep memories of all lengths; "last", for a layer of whose
     outputs only the last is used, draws from Uniform(remainder^(2/horizon), bound), long memories only (after paper 2, section III).
     """
 
-    def __init__(self, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32) -> None:
+    def __init__(self, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32, activation: Activation = "relu") -> None:
         super().__init__()
-        self.units, self.bound = units, bound
+        self.units, self.bound, self.activation = units, bound, activation
         low = min(recurrent_bound(max(1, horizon // 2)), bound) if memory == "last" else 0.0
         self.u = nn.Parameter(torch.empty(units).uniform_(low, bound))
 
+    @classmethod
+    def of(cls, config: ModelConfig, units: int, *, last: bool = False) -> Recurrence:
+        """As the configuration has it; `last` marks the last recurrence of a stack, which `memory` is about."""
+        return cls(units, **_options(config, last))
+
     def forward(self, z: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """z (T, B, units), h (B, units), mask (T, B) -> all states (T, B, units) and the last one (B, units); needs T >= 1."""
-        y = recur(z, self.u, h, mask)
+        y = recur(z, self.u, h, mask, self.activation)
         return y, y[-1]  # masked steps repeat the state, so the last row is the state of every stream
 
     @torch.no_grad()
@@ -70,12 +76,28 @@ class ScoreAverage(nn.Module):
 class IndRNN(nn.Module):
     """Linear map and recurrence: (T, B, inputs) -> (T, B, units). Weights: Kaiming; see `Recurrence` for the rest."""
 
-    def __init__(self, inputs: int, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32) -> None:
+    def __init__(self, inputs: int, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32, activation: Activation = "relu") -> None:
         super().__init__()
-        self.linear = nn.Linear(inputs, units)
-        nn.init.kaiming_uniform_(self.linear.weight, nonlinearity="relu")
-        nn.init.zeros_(self.linear.bias)
-        self.recurrence = Recurrence(units, bound, memory, horizon)
+        self.linear = kaiming(nn.Linear(inputs, units), activation)
+        self.recurrence = Recurrence(units, bound, memory, horizon, activation)
+
+    @classmethod
+    def of(cls, config: ModelConfig, inputs: int, units: int, *, last: bool = False) -> IndRNN:
+        """As the configuration has it; see `Recurrence.of`."""
+        return cls(inputs, units, **_options(config, last))
 
     def forward(self, x: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return self.recurrence(self.linear(x), h, mask)  # type: ignore[no-any-return]
+
+
+def _options(config: ModelConfig, last: bool) -> dict[str, Any]:
+    """What `Recurrence` takes beside its units."""
+    bound = recurrent_bound(config.horizon) if config.horizon else 1.0
+    return {"bound": bound, "memory": config.memory if last else "every", "horizon": config.horizon or 32, "activation": config.activation}
+
+
+def kaiming(linear: nn.Linear, activation: Activation = "relu") -> nn.Linear:
+    """Fresh weights that keep the size of what passes through (He et al., 2015), biases zero; returns the layer itself."""
+    nn.init.kaiming_uniform_(linear.weight, nonlinearity="linear" if activation == "identity" else activation)
+    nn.init.zeros_(linear.bias)
+    return linear

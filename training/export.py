@@ -7,20 +7,24 @@ the file is standard ONNX, any batch and time fit, and the body can be exchanged
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, helper
 from torch import Tensor, nn
 
+from model import baselines
 from model.backbones import Plain
 from model.contract import INPUTS, OUTPUTS
 from model.indrnn import IndRNN
 from model.layers import SequenceNorm
 from model.network import Network
-from model.recurrence import HOLD, ONNX_DOMAIN, RECURRENCE
+from model.recurrence import HOLD, ONNX_DOMAIN, RECURRENCES
 
 OPSET = 20
 
@@ -52,7 +56,7 @@ def to_onnx(network: Network) -> ModelProto:
     model = program.model_proto
     _strip_traces(model)
     used = {node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN}
-    model.functions.extend(function for function in (_recurrence(), _hold()) if function.name in used)
+    model.functions.extend(function() for name, function in _functions().items() if name in used)
     if not any(opset.domain == ONNX_DOMAIN for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(ONNX_DOMAIN, 1))
     onnx.checker.check_model(model, full_check=True)
@@ -91,13 +95,21 @@ def _scale_inputs(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
     linear.weight.mul_(scale[None, :])
 
 
-def _recurrence() -> onnx.FunctionProto:
-    """h[t] = mask[t] ? relu(z[t] + u * h[t-1]) : h[t-1]; inputs z (T, B, N), u (N), h (B, N), mask (T, B, 1)."""
+def _functions() -> dict[str, Callable[[], onnx.FunctionProto]]:
+    """What makes each local function, by name."""
+    activations = {"relu": "Relu", "tanh": "Tanh", "identity": "Identity"}
+    recurrences = {name: functools.partial(_recurrence, name, activations[activation]) for activation, name in RECURRENCES.items()}
+    cells = {"rnn": _rnn("Tanh"), "irnn": _rnn("Relu"), "gru": _gru(), "lstm": _lstm()}
+    return {**recurrences, HOLD: _hold, **{name: functools.partial(_baseline, name, cells[kind]) for kind, name in baselines.FUNCTIONS.items()}}
+
+
+def _recurrence(name: str, activation: str) -> onnx.FunctionProto:
+    """h[t] = mask[t] ? activation(z[t] + u * h[t-1]) : h[t-1]; inputs z (T, B, N), u (N), h (B, N), mask (T, B, 1)."""
     body = helper.make_graph(
         [
             helper.make_node("Mul", ["h", "u"], ["remembered"]),
             helper.make_node("Add", ["z_t", "remembered"], ["sum"]),
-            helper.make_node("Relu", ["sum"], ["moved"]),
+            helper.make_node(activation, ["sum"], ["moved"]),
             helper.make_node("Where", ["mask_t", "moved", "h"], ["h_next"]),
             helper.make_node("Identity", ["h_next"], ["y_t"]),
         ],
@@ -106,7 +118,75 @@ def _recurrence() -> onnx.FunctionProto:
         [_float("h_next", "b", "n"), _float("y_t", "b", "n")],
     )  # u is taken from the function's own inputs
     scan = helper.make_node("Scan", ["h0", "z", "mask"], ["h_last", "y"], body=body, num_scan_inputs=2)
-    return helper.make_function(ONNX_DOMAIN, RECURRENCE, ["z", "u", "h0", "mask"], ["y"], [scan], [helper.make_opsetid("", OPSET)])
+    return helper.make_function(ONNX_DOMAIN, name, ["z", "u", "h0", "mask"], ["y"], [scan], [helper.make_opsetid("", OPSET)])
+
+
+def _baseline(name: str, step: list[onnx.NodeProto]) -> onnx.FunctionProto:
+    """h[t] = mask[t] ? step(z[t], h[t-1]) : h[t-1]; inputs z (T, B, G), r (G, N), c (G), h (B, S), mask (T, B, 1).
+
+    z is the input's share of the gates; r and c, the recurrent matrix and its bias, are in the order in which torch keeps gates. For
+    LSTM, S is 2 N: what is let out and the memory. A Scan rather than ONNX's own RNN, GRU and LSTM: rows stand still as everywhere else.
+    """
+    body = helper.make_graph(
+        [
+            *step,
+            helper.make_node("Where", ["mask_t", "moved", "h"], ["h_next"]),
+            helper.make_node("Identity", ["h_next"], ["y_t"]),
+        ],
+        "step",
+        [_float("h", "b", "s"), _float("z_t", "b", "g"), _bool("mask_t", "b", 1)],
+        [_float("h_next", "b", "s"), _float("y_t", "b", "s")],
+    )
+    scan = helper.make_node("Scan", ["h0", "z", "mask"], ["h_last", "y"], body=body, num_scan_inputs=2)
+    return helper.make_function(ONNX_DOMAIN, name, ["z", "r", "c", "h0", "mask"], ["y"], [scan], [helper.make_opsetid("", OPSET)])
+
+
+def _rnn(activation: str) -> list[onnx.NodeProto]:
+    return [_node("Gemm", "h r c", "remembered", transB=1), _node("Add", "z_t remembered", "sum"), _node(activation, "sum", "moved")]
+
+
+def _gru() -> list[onnx.NodeProto]:
+    """Gates in torch's order: reset, update, new."""
+    return [
+        _node("Gemm", "h r c", "remembered", transB=1),
+        _node("Split", "z_t", "z_reset z_update z_new", axis=1, num_outputs=3),
+        _node("Split", "remembered", "r_reset r_update r_new", axis=1, num_outputs=3),
+        _node("Add", "z_reset r_reset", "sum_reset"),
+        _node("Sigmoid", "sum_reset", "reset"),
+        _node("Add", "z_update r_update", "sum_update"),
+        _node("Sigmoid", "sum_update", "update"),
+        _node("Mul", "reset r_new", "let_through"),
+        _node("Add", "z_new let_through", "sum_new"),
+        _node("Tanh", "sum_new", "new"),
+        _node("Sub", "h new", "difference"),
+        _node("Mul", "update difference", "kept"),
+        _node("Add", "new kept", "moved"),  # (1 - update) * new + update * h
+    ]
+
+
+def _lstm() -> list[onnx.NodeProto]:
+    """Gates in torch's order: input, forget, cell, output; the state is what was let out, then the memory."""
+    return [
+        _node("Split", "h", "out memory", axis=1, num_outputs=2),
+        _node("Gemm", "out r c", "remembered", transB=1),
+        _node("Add", "z_t remembered", "sum"),
+        _node("Split", "sum", "sum_input sum_forget sum_cell sum_output", axis=1, num_outputs=4),
+        _node("Sigmoid", "sum_input", "gate_input"),
+        _node("Sigmoid", "sum_forget", "gate_forget"),
+        _node("Tanh", "sum_cell", "cell"),
+        _node("Sigmoid", "sum_output", "gate_output"),
+        _node("Mul", "gate_forget memory", "kept"),
+        _node("Mul", "gate_input cell", "added"),
+        _node("Add", "kept added", "memory_next"),
+        _node("Tanh", "memory_next", "shown"),
+        _node("Mul", "gate_output shown", "out_next"),
+        _node("Concat", "out_next memory_next", "moved", axis=1),
+    ]
+
+
+def _node(kind: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
+    """A node from names with spaces between them."""
+    return helper.make_node(kind, inputs.split(), outputs.split(), **attributes)
 
 
 def _hold() -> onnx.FunctionProto:

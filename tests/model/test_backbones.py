@@ -9,21 +9,29 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.backbones import Plain, Residual, backbone
+from model.baselines import Baseline
 from model.config import ModelConfig
+from model.dense import Dense
 from model.indrnn import Recurrence, recurrent_bound
 from model.layers import SequenceNorm, step_mask
 
+IndRNNStack = Plain | Residual | Dense
 KINDS: dict[str, dict[str, Any]] = {
     "plain, norm after": {"kind": "plain", "layers": 3, "norm": "after"},
     "plain, norm before": {"kind": "plain", "layers": 3, "norm": "before"},
     "plain": {"kind": "plain", "layers": 1, "norm": "none"},
     "residual": {"kind": "residual", "layers": 4},
+    "plain, tanh": {"kind": "plain", "layers": 2, "activation": "tanh"},
+    "residual, identity": {"kind": "residual", "layers": 2, "activation": "identity"},
+    "dense": {"kind": "dense", "blocks": (2, 1), "growth": 3},
+    "dense, norm before": {"kind": "dense", "blocks": (1, 1), "growth": 3, "norm": "before", "activation": "tanh"},
 }
 
 
-def stack(kind: str, **changes: Any) -> Plain | Residual:
+def stack(kind: str, **changes: Any) -> IndRNNStack:
     torch.manual_seed(1)
     made = backbone(5, ModelConfig(**{"units": 7} | KINDS[kind] | changes))
+    assert not isinstance(made, Baseline)
     for module in made.modules():
         if isinstance(module, SequenceNorm):  # as after training
             nn.init.normal_(module.running_mean, 0, 0.3)
@@ -33,7 +41,7 @@ def stack(kind: str, **changes: Any) -> Plain | Residual:
     return made
 
 
-def zeros(made: Plain | Residual, rows: int) -> list[torch.Tensor]:
+def zeros(made: IndRNNStack, rows: int) -> list[torch.Tensor]:
     return [torch.zeros(rows, width) for width in made.state_widths]
 
 
@@ -41,6 +49,7 @@ def zeros(made: Plain | Residual, rows: int) -> list[torch.Tensor]:
 def test_has_one_state_per_recurrence(kind: str) -> None:
     made = stack(kind)
     assert len(made.state_widths) == sum(isinstance(module, Recurrence) for module in made.modules())
+    assert all(recurrence.activation == KINDS[kind].get("activation", "relu") for recurrence in made.modules() if isinstance(recurrence, Recurrence))
     y, ends = made(torch.randn(4, 2, 5), zeros(made, 2), torch.ones(4, 2, dtype=torch.bool))
     assert y.shape == (4, 2, made.width)
     assert [end.shape[1] for end in ends] == made.state_widths
@@ -90,7 +99,7 @@ def test_horizon_bounds_every_recurrence(kind: str, horizon: int, bound: float) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_last_recurrence_takes_the_long_memories(kind: str) -> None:
-    recurrences = [module for module in stack(kind, memory="last", units=400).modules() if isinstance(module, Recurrence)]
+    recurrences = [module for module in stack(kind, memory="last", units=400, growth=60).modules() if isinstance(module, Recurrence)]
     low = recurrent_bound(16)  # half the horizon that stands in where none is set
     assert [bool((r.u >= low).all()) for r in recurrences] == [False] * (len(recurrences) - 1) + [True]
 

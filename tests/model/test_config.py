@@ -1,11 +1,12 @@
 """A network's shape as a value: what makes no sense is refused by name."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from model.config import ModelConfig
+from model import recurrence
+from model.config import BASELINES, Activation, ModelConfig
 
 
 def test_the_defaults_make_sense() -> None:
@@ -20,7 +21,13 @@ def test_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"kind": "dense"}, "kind"),
+        ({"kind": "transformer"}, "kind"),
+        ({"blocks": ()}, "blocks"),
+        ({"blocks": (2, 0)}, "blocks"),
+        ({"growth": 0}, "growth"),
+        ({"activation": "sigmoid"}, "activation"),
+        ({"bottleneck_dropout": 1.0}, "dropout"),
+        ({"transition_dropout": -0.5}, "dropout"),
         ({"layers": 0}, "layers"),
         ({"layers": 3}, "layers of a residual network come in pairs"),
         ({"units": 0}, "units"),
@@ -41,3 +48,23 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], named: str) -> 
 
 def test_plain_stacks_may_have_any_number_of_layers() -> None:
     assert ModelConfig(kind="plain", layers=3).layers == 3
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norm": "before"}, 'norm = "before" stands between'),
+        ({"horizon": 30}, "horizon bounds u"),
+        ({"memory": "last"}, "memory initialises u"),
+        ({"activation": "tanh"}, "activation is that of an IndRNN"),
+    ],
+)
+def test_a_baseline_refuses_what_only_an_indrnn_has(kind: Any, changes: dict[str, Any], named: str) -> None:
+    assert ModelConfig(kind=kind).kind == kind
+    with pytest.raises(ValueError, match=f"^model: {named}.*{kind}"):
+        ModelConfig(kind=kind, **changes)
+
+
+def test_activations_are_those_of_the_recurrence() -> None:
+    assert get_args(Activation) == get_args(recurrence.Activation)
