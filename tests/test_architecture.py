@@ -24,7 +24,7 @@ LAYERS = {
         ["network"],
     ],
     "training": [
-        ["config", "datasets.clips", "onnx_file"],
+        ["config", "datasets.clips", "onnx_file", "prefetch"],
         ["datasets.*", "augment", "splits", "samples"],
         ["batches", "checkpoint"],
         ["evaluate", "export", "verify"],

@@ -31,19 +31,23 @@ def collate(clips: list[Frames], labels: list[int]) -> Batch:
     return Batch(torch.from_numpy(frames), torch.tensor(lengths), torch.tensor(labels))
 
 
-def training_batches(clips: ClipSet, size: int, augment: Augment, max_frames: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """One epoch: every clip once, long ones once per `max_frames`, in random order, changed at random. Equal generators give equal batches.
+def training_batches(clips: ClipSet, size: int, augment: Augment, max_frames: int, seed: tuple[int, ...]) -> Iterator[Batch]:
+    """One epoch: every clip once, long ones once per `max_frames`, in random order, changed at random. Equal seeds give equal batches.
 
-    Clips of similar length share a batch, as padding costs as much as frames: the order is shuffled, then sorted in runs of eight batches.
+    Clips of similar length share a batch, as padding costs as much as frames: the order is shuffled, then, after the clips were changed,
+    sorted in runs of eight batches. Each draw has a generator of its own, so what becomes of a clip depends on no other.
     """
-    order = rng.permutation(np.repeat(np.arange(len(clips)), _visits(clips, max_frames)))
-    runs = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
-    lengths = np.minimum([len(clip) for clip in clips.frames], max_frames)
-    batches = [run[np.argsort(lengths[run], kind="stable")][i : i + size] for run in runs for i in range(0, len(run), size)]
-    for index in rng.permutation(len(batches)):
-        chosen = batches[index]
-        changed = [_cut(augment(clips.frames[i], rng), max_frames, rng) for i in chosen]
-        yield collate(changed, clips.labels[chosen].tolist())
+    rng = np.random.default_rng(seed)
+    drawn = np.repeat(np.arange(len(clips)), _visits(clips, max_frames))
+    order = rng.permutation(len(drawn))
+    for first in range(0, len(order), 8 * size):
+        run = order[first : first + 8 * size]
+        changed = [_changed(clips.frames[drawn[i]], augment, max_frames, np.random.default_rng((*seed, 1 + int(i)))) for i in run]
+        by_length = np.argsort([len(clip) for clip in changed], kind="stable")
+        batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+        for index in rng.permutation(len(batches)):
+            chosen = batches[index]
+            yield collate([changed[i] for i in chosen], clips.labels[drawn[run[chosen]]].tolist())
 
 
 def epoch_batches(clips: ClipSet, size: int, max_frames: int) -> int:
@@ -64,7 +68,8 @@ def evaluation_batches(clips: ClipSet, size: int = 64) -> Iterator[tuple[Batch, 
         yield collate([clips.frames[j] for j in chosen], clips.labels[chosen].tolist()), chosen
 
 
-def _cut(clip: Frames, longest: int, rng: np.random.Generator) -> Frames:
-    """A random stretch of consecutive frames: a stream knows no other kind."""
+def _changed(clip: Frames, augment: Augment, longest: int, rng: np.random.Generator) -> Frames:
+    """Augmented, and of that a random stretch of consecutive frames: a stream knows no other kind."""
+    clip = augment(clip, rng)
     start = rng.integers(0, max(0, len(clip) - longest) + 1)
     return clip[start : start + longest]

@@ -1,14 +1,16 @@
 """One training run, from top to bottom.
 
 All randomness of an epoch comes from (seed, epoch), so a run that is cut and resumed gives the same bits on a CPU as one that is not.
+Batches are made in the background, also those of the next epoch while this one is evaluated.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, Subject
 from training.config import Config, ConfigError, TrainConfig
 from training.datasets.clips import ClipSet
 from training.evaluate import evaluate
+from training.prefetch import Prefetch
 
 METRICS = "metrics.jsonl"
+AHEAD = 16  # batches: two runs of those that are made together
 
 
 @dataclass
@@ -63,6 +67,7 @@ def train(config: Config, training: ClipSet, validation: ClipSet | None, folder:
     optimizer = _optimizer(network, config.train)
     augment = Augment(config.augment, subject.layout)
     batches_per_epoch = epoch_batches(training, config.train.batch, config.train.max_frames)
+    averaged = list(mean_network.state_dict().values()), list(network.state_dict().values())
     best, first_epoch = -1.0, 0
     if resume:
         found = load(folder / LAST)
@@ -74,48 +79,53 @@ def train(config: Config, training: ClipSet, validation: ClipSet | None, folder:
         best, first_epoch = found.best, found.epoch
         _drop_rows_after(folder / METRICS, first_epoch)
 
-    for epoch in range(first_epoch, config.train.epochs):
-        started = time.perf_counter()
-        rng = np.random.default_rng((config.seed, epoch))
-        torch.manual_seed(int(rng.integers(2**62)))  # dropout
-        network.train()
-        loss_sum = right = seen = 0.0
-        for i, batch in enumerate(training_batches(training, config.train.batch, augment, config.train.max_frames, rng)):
-            step = epoch * batches_per_epoch + i
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.train, step, batches_per_epoch * config.train.epochs)
-            steps, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(len(batch.labels)))
-            loss = sequence_loss(logits, batch, config.train)
-            if steps is not logits:  # an average is right only where its steps are: both are taught
-                loss = (loss + sequence_loss(steps, batch, config.train)) / 2
-            if not torch.isfinite(loss):
-                raise TrainingDiverged(f"loss is {loss.item()} in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate or train.clip_gradient")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(network.parameters(), config.train.clip_gradient)
-            optimizer.step()
-            network.clamp_recurrent_()
-            _average(mean_network, network, config.train.ema, step)
-            last = logits.detach()[torch.arange(len(batch.labels)), batch.lengths - 1]
-            loss_sum += loss.item() * len(batch.labels)
-            right += (last.argmax(-1) == batch.labels).sum().item()
-            seen += len(batch.labels)
-            watch(Progress(epoch + 1, config.train.epochs, i + 1, batches_per_epoch, loss_sum / seen, right / seen))
+    def batches() -> Iterator[Batch]:
+        for epoch in range(first_epoch, config.train.epochs):
+            yield from training_batches(training, config.train.batch, augment, config.train.max_frames, (config.seed, epoch))
 
-        row: dict[str, Any] = {"epoch": epoch + 1, "loss": loss_sum / seen, "accuracy": right / seen, "learning_rate": optimizer.param_groups[0]["lr"]}
-        improved = validation is None
-        if validation is not None:
-            result = evaluate(mean_network, validation)
-            row |= {"validation_loss": result.loss, "validation_accuracy": result.accuracy, "validation_frame_accuracy": result.frame_accuracy}
-            improved, best = result.accuracy >= best, max(best, result.accuracy)
-        row["seconds"] = round(time.perf_counter() - started, 3)
-        checkpoint = Checkpoint(config, subject, epoch + 1, mean_network.state_dict(), network.state_dict(), optimizer.state_dict(), best)
-        with (folder / METRICS).open("a") as file:  # first, since a resume drops rows that no checkpoint followed, but cannot make up for lost ones
-            file.write(json.dumps(row) + "\n")
-        if improved:
-            save(checkpoint, folder / BEST)
-        save(checkpoint, folder / LAST)
-        watch(Progress(epoch + 1, config.train.epochs, batches_per_epoch, batches_per_epoch, loss_sum / seen, right / seen, row))
+    with Prefetch(batches, AHEAD) as ready:
+        for epoch in range(first_epoch, config.train.epochs):
+            started, waited = time.perf_counter(), ready.waited
+            torch.manual_seed(int(np.random.default_rng((config.seed, epoch)).integers(2**62)))  # dropout
+            network.train()
+            loss_sum = right = seen = 0.0
+            for i, batch in enumerate(itertools.islice(ready, batches_per_epoch)):
+                step = epoch * batches_per_epoch + i
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config.train, step, batches_per_epoch * config.train.epochs)
+                steps, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(len(batch.labels)))
+                loss = sequence_loss(logits, batch, config.train)
+                if steps is not logits:  # an average is right only where its steps are: both are taught
+                    loss = (loss + sequence_loss(steps, batch, config.train)) / 2
+                if not torch.isfinite(loss):
+                    raise TrainingDiverged(f"loss is {loss.item()} in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate or train.clip_gradient")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(network.parameters(), config.train.clip_gradient)
+                optimizer.step()
+                network.clamp_recurrent_()
+                _average(*averaged, config.train.ema, step)
+                last = logits.detach()[torch.arange(len(batch.labels)), batch.lengths - 1]
+                loss_sum += loss.item() * len(batch.labels)
+                right += (last.argmax(-1) == batch.labels).sum().item()
+                seen += len(batch.labels)
+                watch(Progress(epoch + 1, config.train.epochs, i + 1, batches_per_epoch, loss_sum / seen, right / seen))
+
+            row: dict[str, Any] = {"epoch": epoch + 1, "loss": loss_sum / seen, "accuracy": right / seen, "learning_rate": optimizer.param_groups[0]["lr"]}
+            row["waiting"] = round((ready.waited - waited) / (time.perf_counter() - started), 4)  # share of the time without a batch to compute with
+            improved = validation is None
+            if validation is not None:
+                result = evaluate(mean_network, validation)
+                row |= {"validation_loss": result.loss, "validation_accuracy": result.accuracy, "validation_frame_accuracy": result.frame_accuracy}
+                improved, best = result.accuracy >= best, max(best, result.accuracy)
+            row["seconds"] = round(time.perf_counter() - started, 3)
+            checkpoint = Checkpoint(config, subject, epoch + 1, mean_network.state_dict(), network.state_dict(), optimizer.state_dict(), best)
+            with (folder / METRICS).open("a") as file:  # first, since a resume drops rows that no checkpoint followed, but cannot make up for lost ones
+                file.write(json.dumps(row) + "\n")
+            if improved:
+                save(checkpoint, folder / BEST)
+            save(checkpoint, folder / LAST)
+            watch(Progress(epoch + 1, config.train.epochs, batches_per_epoch, batches_per_epoch, loss_sum / seen, right / seen, row))
     return folder / BEST
 
 
@@ -149,12 +159,13 @@ def _optimizer(network: Network, config: TrainConfig) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def _average(mean: Network, network: Network, decay: float, step: int) -> None:
+def _average(means: list[Tensor], values: list[Tensor], decay: float, step: int) -> None:
     """Moves the running mean of weights and statistics towards the current ones; without decay it is a copy."""
     share = 1.0 if decay == 0 else max(1 - decay, 1 / (step + 1))  # a true mean at first, while there is little to remember
-    theirs = network.state_dict()
-    for name, value in mean.state_dict().items():
-        value.lerp_(theirs[name], share) if share < 1 else value.copy_(theirs[name])
+    if share < 1:
+        torch._foreach_lerp_(means, values, share)
+    else:
+        torch._foreach_copy_(means, values)
 
 
 def _samples(clips: ClipSet, at_most: int = 512) -> list[tuple[Tensor, Tensor]]:

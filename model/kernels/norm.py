@@ -6,6 +6,8 @@ processes does not show in them. Slices of units are independent and run on the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -92,7 +94,7 @@ def sums(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of x over real steps: (N,) float64."""
     out = torch.empty(x.shape[-1], dtype=torch.float64)
     arrays = [_numpy(v) for v in (x, mask, out)]
-    _over_slices(lambda _, units: _sums(*arrays, units), _flat(x))
+    _over_units(_sums, arrays, x)
     return out
 
 
@@ -100,7 +102,7 @@ def squares(x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
     """Sum of (x - mean)^2 over real steps: (N,) float64."""
     out = torch.empty(x.shape[-1], dtype=torch.float64)
     arrays = [_numpy(v) for v in (x, mask, mean.to(x.dtype), out)]
-    _over_slices(lambda _, units: _squares(*arrays, units), _flat(x))
+    _over_units(_squares, arrays, x)
     return out
 
 
@@ -108,7 +110,7 @@ def scaled(x: Tensor, mask: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift at real steps, zero at masked ones."""
     y = torch.empty(x.shape, dtype=x.dtype)
     arrays = [_numpy(v) for v in (x, mask, scale, shift, y)]
-    _over_slices(lambda _, units: _scaled(*arrays, units), _flat(x))
+    _over_units(_scaled, arrays, x)
     return y
 
 
@@ -116,7 +118,7 @@ def gradient_sums(g: Tensor, x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
     """Sums over real steps of g and of g * (x - mean): (2, N) float64."""
     out = torch.empty(2, x.shape[-1], dtype=torch.float64)
     arrays = [_numpy(v) for v in (g, x, mask, mean.to(x.dtype), out)]
-    _over_slices(lambda _, units: _gradient_sums(*arrays, units), _flat(x))
+    _over_units(_gradient_sums, arrays, x)
     return out
 
 
@@ -124,7 +126,7 @@ def gradient(g: Tensor, x: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
     """g * factors[0] + x * factors[1] + factors[2] at real steps, zero at masked ones; factors (3, N)."""
     gx = torch.empty(x.shape, dtype=x.dtype)
     arrays = [_numpy(v) for v in (g, x, mask, factors, gx)]
-    _over_slices(lambda _, units: _gradient(*arrays, units), _flat(x))
+    _over_units(_gradient, arrays, x)
     return gx
 
 
@@ -132,6 +134,6 @@ def _numpy(x: Tensor) -> Array:
     return x.detach().contiguous().numpy()
 
 
-def _flat(x: Tensor) -> torch.Size:
-    """The shape with time and batch in one, as only units are divided among threads."""
-    return torch.Size((x.shape[0] * x.shape[1], 1, x.shape[2]))
+def _over_units(work: Callable[..., None], arrays: list[Array], x: Tensor) -> None:
+    """Runs `work(*arrays, units)` on the threads of the recurrence, with slices of the units alone: a sum over rows has one writer."""
+    _over_slices(lambda _, units: work(*arrays, units), torch.Size((x.shape[0] * x.shape[1], 1, x.shape[2])))

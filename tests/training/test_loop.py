@@ -51,7 +51,7 @@ def outcome(folder: Path) -> tuple[Any, ...]:
     return (
         found.epoch,
         found.best,
-        [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+        [{key: value for key, value in row.items() if key not in ("seconds", "waiting")} for row in rows],
         {name: value.numpy().tobytes() for name, value in tensors},
         {name: value.numpy().tobytes() for name, value in load(folder / BEST).weights.items()},
     )

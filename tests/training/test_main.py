@@ -229,7 +229,7 @@ def test_ctrl_c_keeps_the_last_epoch_and_resume_ends_where_an_unbroken_run_ends(
         assert ours.epoch == theirs.epoch
         assert all(torch.equal(value, theirs.weights[key]) for key, value in ours.weights.items())
         assert all(torch.equal(value, theirs.training_weights[key]) for key, value in ours.training_weights.items())
-    rows = [[json.loads(line) | {"seconds": 0} for line in (of / "metrics.jsonl").read_text().splitlines()] for of in (run, other)]
+    rows = [[json.loads(line) | {"seconds": 0, "waiting": 0} for line in (of / "metrics.jsonl").read_text().splitlines()] for of in (run, other)]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 40
 
