@@ -1,5 +1,9 @@
 """The recurrence on the CPU, compiled with numba: forward and backward, time-major, masked.
 
+Memory is read and written in the order in which it lies, step by step and row by row: at these sizes the recurrence is bound by memory.
+Tensors of size T are read where they are, whatever their strides. The state is the last row written; backwards it is the gradient
+of the first state.
+
 The compiled loops release the GIL and are run on slices of the batch by a small thread pool of our own rather than by numba's
 `parallel=True`: its thread layers are unsafe when two threads call at once (workqueue) or after a fork (OpenMP). Ours is safe in
 both, and follows `torch.set_num_threads`.
@@ -7,6 +11,7 @@ both, and follows `torch.set_num_threads`.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -20,6 +25,7 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[Any]
+Strides = tuple[int, ...]
 
 HALVES = (torch.bfloat16, torch.float16)
 SMALL = 1 << 14  # elements below which handing work to another thread costs more than it saves
@@ -27,12 +33,14 @@ RELU, TANH, IDENTITY = 0, 1, 2
 KINDS = {"relu": RELU, "tanh": TANH, "identity": IDENTITY}
 LINE = 16  # float32 values in a cache line: slices of units start at multiples of it
 
+_FACTORIALS = tuple(1 / math.factorial(n) for n in range(13, 1, -1))
+
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _pool_lock = threading.Lock()
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`numba.njit` with the machine code cached on disk, where the installation leaves a place for it."""
     try:
         compiled = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
@@ -42,56 +50,137 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @_compiled
-def _forward(z: Array, u: Array, h0: Array, mask: Array, y: Array, kind: int, rows: slice, units: slice) -> None:
-    zero = z.dtype.type(0)
-    first, count = units.start, units.stop - units.start
-    decay = u[units].copy()
-    for b in range(rows.start, rows.stop):
-        h = h0[b, units].copy()
-        for t in range(z.shape[0]):
-            z_t, y_t = z[t, b, first : first + count], y[t, b, first : first + count]
-            if mask[t, b]:
-                for n in range(count):
-                    v = z_t[n] + decay[n] * h[n]
-                    if kind == RELU:
-                        v = zero if v <= zero else v  # written so that NaN stays NaN, as in torch and onnxruntime
-                    elif kind == TANH:
-                        v = np.tanh(v)
-                    h[n] = v
-                    y_t[n] = v
-            else:
-                for n in range(count):
-                    y_t[n] = h[n]
+def _tanh(x: float) -> float:
+    """tanh in double precision to 2 units in the last place, without a branch or a call, so that loops over it are vectorised."""
+    a = abs(x)
+    a = 20.0 if a > 20.0 else a  # tanh is 1 beyond 19.1; NaN passes
+    # expm1(2 a) = 2^k expm1(r) + 2^k - 1 with |r| <= ln(2) / 2; adding 1.5 * 2^52 rounds to a whole number, left in the lowest bits.
+    rounded = 2.0 * a * 1.4426950408889634 + 6755399441055744.0
+    k = rounded - 6755399441055744.0
+    r = 2.0 * a - k * 0.693147180369123816490 - k * 1.90821492927058770002e-10  # ln(2) in two parts
+    series = 1 / 87178291200.0  # 1 / 14!, of the series of exp
+    for reciprocal in _FACTORIALS:
+        series = series * r + reciprocal
+    scale = np.int64((np.float64(rounded).view(np.int64) + 1023) << 52).view(np.float64)  # 2^k, made in the bits of the exponent
+    e = scale * (series * r * r + r) + (scale - 1.0)
+    return float(np.copysign(e / (e + 2.0), x))
 
 
 @_compiled
-def _backward(gy: Array, y: Array, u: Array, h0: Array, mask: Array, gz: Array, gu_rows: Array, gh: Array, kind: int, rows: slice, units: slice) -> None:
-    zero, one = gy.dtype.type(0), gy.dtype.type(1)
-    first, count = units.start, units.stop - units.start
-    decay = u[units].copy()
-    for b in range(rows.start, rows.stop):
-        g = np.zeros(count, gy.dtype)
-        gu = np.zeros(count, gy.dtype)
-        for t in range(gy.shape[0] - 1, -1, -1):
-            gy_t, gz_t = gy[t, b, first : first + count], gz[t, b, first : first + count]
-            if mask[t, b]:
-                y_t = y[t, b, first : first + count]
-                before = y[t - 1, b, first : first + count] if t > 0 else h0[b, first : first + count]
-                for n in range(count):
-                    d = gy_t[n] + g[n]
-                    if kind == RELU:
-                        d = zero if y_t[n] <= zero else d
-                    elif kind == TANH:
-                        d *= one - y_t[n] * y_t[n]
-                    gz_t[n] = d
-                    gu[n] += d * before[n]
-                    g[n] = d * decay[n]
+def _copy_rows(x: Array, at: int, row: int, unit: int, block: Array, rows: int, units: int) -> None:
+    for b in range(rows):
+        for n in range(units):
+            block[b * units + n] = x[at + b * row + n * unit]
+
+
+@_compiled
+def _step(
+    z: Array, z_at: int, z_row: int, before: Array, before_at: int, u: Array, moves: Array, moves_at: int, moves_row: int,
+    y: Array, y_at: int, width: int, rows: int, kind: int,
+) -> None:  # fmt: skip
+    """One time step of some rows. `before` and y have rows of `width`, z rows `z_row` apart; u is as long as the slice of units."""
+    units, zero = len(u), z.dtype.type(0)
+    for b in range(rows):
+        i, j, k = z_at + b * z_row, before_at + b * width, y_at + b * width
+        z_b, before_b, y_b = z[i : i + units], before[j : j + units], y[k : k + units]
+        if not moves[moves_at + b * moves_row]:
+            for n in range(units):
+                y_b[n] = before_b[n]
+        elif kind == RELU:
+            for n in range(units):
+                v = z_b[n] + u[n] * before_b[n]
+                y_b[n] = zero if v <= zero else v  # written so that NaN stays NaN, as in torch and onnxruntime
+        elif kind == TANH:
+            for n in range(units):
+                y_b[n] = _tanh(z_b[n] + u[n] * before_b[n])
+        else:
+            for n in range(units):
+                y_b[n] = z_b[n] + u[n] * before_b[n]
+
+
+@_compiled
+def _forward(
+    z: Array, z_strides: Strides, u: Array, h: Array, mask: Array, mask_strides: Strides, y: Array, shape: Strides, kind: int, rows: slice, units: slice
+) -> None:
+    steps, batch, width = shape
+    z_step, z_row, z_unit = z_strides
+    mask_step, mask_row = mask_strides
+    count, decay, start = rows.stop - rows.start, u[units], rows.start * width + units.start
+    block = np.empty(0 if z_unit == 1 else count * len(decay), z.dtype)
+    for t in range(steps):
+        z_at, y_at, mask_at = t * z_step + rows.start * z_row + units.start * z_unit, start + t * batch * width, t * mask_step + rows.start * mask_row
+        before_at = y_at - batch * width
+        if z_unit != 1:
+            _copy_rows(z, z_at, z_row, z_unit, block, count, len(decay))
+            if t == 0:
+                _step(block, 0, len(decay), h, start, decay, mask, mask_at, mask_row, y, y_at, width, count, kind)
             else:
-                for n in range(count):
-                    gz_t[n] = zero
-                    g[n] += gy_t[n]
-        gu_rows[b, units] = gu
-        gh[b, units] = g
+                _step(block, 0, len(decay), y, before_at, decay, mask, mask_at, mask_row, y, y_at, width, count, kind)
+        elif t == 0:
+            _step(z, z_at, z_row, h, start, decay, mask, mask_at, mask_row, y, y_at, width, count, kind)
+        else:
+            _step(z, z_at, z_row, y, before_at, decay, mask, mask_at, mask_row, y, y_at, width, count, kind)
+
+
+@_compiled
+def _step_back(
+    gy: Array, gy_at: int, gy_row: int, y: Array, y_at: int, before: Array, before_at: int, u: Array, moves: Array, moves_at: int, moves_row: int,
+    gz: Array, gu: Array, g: Array, start: int, width: int, rows: int, kind: int,
+) -> None:  # fmt: skip
+    """`_step` backwards; g is the gradient of the state, behind this step and then before it."""
+    units, zero, one = len(u), gy.dtype.type(0), gy.dtype.type(1)
+    for b in range(rows):
+        i, j, k, s = gy_at + b * gy_row, before_at + b * width, y_at + b * width, start + b * width
+        gy_b, y_b, before_b, gz_b = gy[i : i + units], y[k : k + units], before[j : j + units], gz[k : k + units]
+        gu_b, g_b = gu[s : s + units], g[s : s + units]
+        if not moves[moves_at + b * moves_row]:
+            for n in range(units):
+                gz_b[n] = zero
+                g_b[n] += gy_b[n]
+        elif kind == RELU:
+            for n in range(units):
+                d = gy_b[n] + g_b[n]
+                d = zero if y_b[n] <= zero else d
+                gz_b[n] = d
+                gu_b[n] += d * before_b[n]
+                g_b[n] = d * u[n]
+        elif kind == TANH:
+            for n in range(units):
+                d = (gy_b[n] + g_b[n]) * (one - y_b[n] * y_b[n])
+                gz_b[n] = d
+                gu_b[n] += d * before_b[n]
+                g_b[n] = d * u[n]
+        else:
+            for n in range(units):
+                d = gy_b[n] + g_b[n]
+                gz_b[n] = d
+                gu_b[n] += d * before_b[n]
+                g_b[n] = d * u[n]
+
+
+@_compiled
+def _backward(
+    gy: Array, gy_strides: Strides, y: Array, u: Array, h: Array, mask: Array, mask_strides: Strides, gz: Array, gu: Array, g: Array,
+    shape: Strides, kind: int, rows: slice, units: slice,
+) -> None:  # fmt: skip
+    steps, batch, width = shape
+    gy_step, gy_row, gy_unit = gy_strides
+    mask_step, mask_row = mask_strides
+    count, decay, start = rows.stop - rows.start, u[units], rows.start * width + units.start
+    block = np.empty(0 if gy_unit == 1 else count * len(decay), gy.dtype)
+    for t in range(steps - 1, -1, -1):
+        gy_at, y_at, mask_at = t * gy_step + rows.start * gy_row + units.start * gy_unit, start + t * batch * width, t * mask_step + rows.start * mask_row
+        before_at = y_at - batch * width
+        if gy_unit != 1:
+            _copy_rows(gy, gy_at, gy_row, gy_unit, block, count, len(decay))
+            if t == 0:
+                _step_back(block, 0, len(decay), y, y_at, h, start, decay, mask, mask_at, mask_row, gz, gu, g, start, width, count, kind)
+            else:
+                _step_back(block, 0, len(decay), y, y_at, y, before_at, decay, mask, mask_at, mask_row, gz, gu, g, start, width, count, kind)
+        elif t == 0:
+            _step_back(gy, gy_at, gy_row, y, y_at, h, start, decay, mask, mask_at, mask_row, gz, gu, g, start, width, count, kind)
+        else:
+            _step_back(gy, gy_at, gy_row, y, y_at, y, before_at, decay, mask, mask_at, mask_row, gz, gu, g, start, width, count, kind)
 
 
 def forward(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> Tensor:
@@ -99,9 +188,8 @@ def forward(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> T
     if z.dtype in HALVES:
         return forward(z.float(), u.float(), h.float(), mask, activation).to(z.dtype)
     y = torch.empty(z.shape, dtype=z.dtype)
-    arrays = [_numpy(x) for x in (z, u, h, mask, y)]
-    kind = KINDS[activation]
-    _over_slices(lambda rows, units: _forward(*arrays, kind, rows, units), z.shape)
+    arguments = _span(z), z.stride(), _row(u), _row(h), _span(mask), mask.stride(), _row(y), tuple(z.shape), KINDS[activation]
+    _over_slices(lambda rows, units: _forward(*arguments, rows, units), z.shape)
     return y
 
 
@@ -110,15 +198,24 @@ def backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activati
     if y.dtype in HALVES:
         gz, gu, gh = backward(gy.float(), y.float(), u.float(), h.float(), mask, activation)
         return gz.to(y.dtype), gu.to(u.dtype), gh.to(h.dtype)
-    gz, gu_rows, gh = torch.empty(y.shape, dtype=y.dtype), torch.empty(h.shape, dtype=h.dtype), torch.empty(h.shape, dtype=h.dtype)
-    arrays = [_numpy(x) for x in (gy, y, u, h, mask, gz, gu_rows, gh)]
-    kind = KINDS[activation]
-    _over_slices(lambda rows, units: _backward(*arrays, kind, rows, units), y.shape)
+    gz, gu_rows, gh = torch.empty(y.shape, dtype=y.dtype), torch.zeros(h.shape, dtype=h.dtype), torch.zeros(h.shape, dtype=h.dtype)
+    outputs = _row(gz), _row(gu_rows), _row(gh)
+    arguments = _span(gy), gy.stride(), _row(y), _row(u), _row(h), _span(mask), mask.stride(), *outputs, tuple(y.shape), KINDS[activation]
+    _over_slices(lambda rows, units: _backward(*arguments, rows, units), y.shape)
     return gz, gu_rows.sum(0), gh
 
 
-def _numpy(x: Tensor) -> Array:
-    return x.detach().contiguous().numpy()
+def _row(x: Tensor) -> Array:
+    """A tensor as one row of numbers: itself where it is contiguous (always so for those of size T), else a copy."""
+    return x.detach().contiguous().view(-1).numpy()
+
+
+def _span(x: Tensor) -> Array:
+    """The memory from the first to the last element of x, whatever its strides: nothing is copied."""
+    if x.is_contiguous():
+        return _row(x)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return x.detach().as_strided((extent,), (1,)).numpy()
 
 
 def _over_slices(work: Callable[[slice, slice], None], shape: torch.Size) -> None:

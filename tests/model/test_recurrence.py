@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.kernels import cpu
 from model.recurrence import RECURRENCES, Activation, hold, recur, recur_loop
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +50,25 @@ def test_gradients_equal_those_of_the_loop(shape: tuple[int, int, int], activati
         torch.testing.assert_close(mine, reference)
 
 
+@settings(deadline=None, max_examples=40)
+@given(steps=st.integers(0, 12), batch=st.integers(0, 5), units=st.integers(0, 35), seed=st.integers(0, 2**31), activation=st.sampled_from(ACTIVATIONS))
+def test_gradients_equal_those_of_the_loop_on_ragged_batches(steps: int, batch: int, units: int, seed: int, activation: Activation) -> None:
+    z, u, h, mask = case(steps, batch, units, torch.float64, seed)
+    u[::3] = 0.0
+    leaves, gy = [x.requires_grad_() for x in (z, u, h)], torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    ours = torch.autograd.grad(recur(*leaves, mask, activation), leaves, gy, materialize_grads=True)
+    theirs = torch.autograd.grad(recur_loop(*leaves, mask, activation).requires_grad_(), leaves, gy, allow_unused=True, materialize_grads=True)
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_in_float64(activation: Activation) -> None:
-    z, u, h, mask = case(7, 3, 5, torch.float64, seed=4)
+@pytest.mark.parametrize("weight", [None, 0.0, -0.7, 1.3, -1.3])
+@pytest.mark.parametrize("shape", [(7, 3, 5), (1, 2, 3), (6, 1, 4), (0, 2, 3)])
+def test_gradcheck_in_float64(shape: tuple[int, int, int], weight: float | None, activation: Activation) -> None:
+    z, u, h, mask = case(*shape, torch.float64, seed=4)
+    if weight is not None:
+        u.fill_(weight)
     assert torch.autograd.gradcheck(lambda z, u, h: recur(z, u, h, mask, activation), [x.requires_grad_() for x in (z, u, h)])
 
 
@@ -129,10 +146,68 @@ def test_non_finite_values_travel_as_in_torch(poison: float) -> None:
         torch.testing.assert_close(mine, reference, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_that_are_not_contiguous() -> None:
-    z, u, h, mask = case(9, 4, 12)
-    turned = z.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(recur(turned, u, h, mask), recur(z, u, h, mask))
+def _layouts(x: Tensor) -> dict[str, Tensor]:
+    """The numbers of x (T, B, N), lying differently in memory; `expanded` holds other numbers."""
+    wide = torch.full((*x.shape[:2], x.shape[2] + 5), float("nan"), dtype=x.dtype)
+    wide[..., 2:-3] = x
+    long = torch.full((2 * len(x), *x.shape[1:]), float("nan"), dtype=x.dtype)
+    long[1::2] = x
+    return {
+        "batch first": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "time last": x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        "slice of units": wide[..., 2:-3],
+        "every second step": long[1::2],
+        "expanded over time": x[:1].expand_as(x),
+        "one number": x[:1, :1, :1].expand_as(x),
+    }
+
+
+LAYOUTS = list(_layouts(torch.zeros(1, 1, 1)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_that_are_not_contiguous(layout: str, activation: Activation) -> None:
+    z, u, h, mask = case(40, 9, 70)  # large enough for two threads
+    gy = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    odd = _layouts(z)[layout], u.repeat_interleave(2)[::2], h.t().contiguous().t(), _layouts(mask[..., None])["batch first"][..., 0]
+    odd_gy = _layouts(gy)[layout]
+    results = []
+    for inputs, gradient in ((odd, odd_gy), ([x.contiguous() for x in odd], odd_gy.contiguous())):
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        assert [leaf.stride() for leaf in leaves] == [x.stride() for x in inputs[:3]]
+        y = recur(*leaves, inputs[3], activation)
+        results.append((y, *torch.autograd.grad(y, leaves, gradient)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    torch.testing.assert_close(results[0][0], recur_loop(*odd, activation), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_input_is_copied(layout: str) -> None:
+    z, u, h, mask = case(64, 8, 64)
+    z, gy, mask = _layouts(z)[layout], _layouts(z)[layout], _layouts(mask[..., None])["batch first"][..., 0]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y = cpu.forward(z, u, h, mask, "relu")
+        cpu.backward(gy, y, u, h, mask, "relu")
+    taken = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
+    assert y.nbytes * 2 <= taken < y.nbytes * 2 + 4 * h.nbytes  # y and gz, and what has no time axis
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float32_states_are_those_of_the_loop_to_the_bit(activation: Activation) -> None:
+    z, u, h, mask = case(300, 7, 37)
+    ours, reference = recur(z, u * 0.8, h, mask, activation), recur_loop(z, u * 0.8, h, mask, activation)
+    if activation == "tanh":  # torch's own is right to a few units in the last place
+        torch.testing.assert_close(ours, reference, rtol=2e-6, atol=2e-7)
+    else:
+        assert torch.equal(ours, reference)
+
+
+def test_tanh_is_right_everywhere() -> None:
+    x = torch.cat([torch.linspace(-25, 25, 40_001, dtype=torch.float64), torch.logspace(-320, 308, 20_000, dtype=torch.float64)])
+    z = torch.cat([x, -x, torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")], dtype=torch.float64)])[None, None]
+    y = recur(z, torch.zeros(z.shape[2], dtype=torch.float64), torch.zeros_like(z[0]), torch.ones(1, 1, dtype=torch.bool), "tanh")
+    torch.testing.assert_close(y, torch.tanh(z), rtol=1e-15, atol=0, equal_nan=True)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
