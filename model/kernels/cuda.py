@@ -1,0 +1,208 @@
+"""The recurrence on a GPU, in Triton: forward and backward in one kernel each, time-major, masked.
+
+Every thread owns one (row, unit) pair, keeps its u and its state in registers and walks over time. Nothing else is shared between
+steps, so each tensor crosses the memory bus once: forward reads z and writes y, backward reads gy and y and writes gz. In float32 that
+is 8 and 12 bytes a step and pair; on a card of 3 TB/s (T, B, N) = (784, 32, 128) takes at least 9 and 13 microseconds.
+
+What can keep it from that is latency. A step of the chain takes about 15 cycles (multiply-add, maximum, select), a load from memory
+500 or more, and no load depends on the chain: so loads run `AHEAD` steps before it, in a ring of registers. By Little's law some 32 KB
+must be in flight on each multiprocessor; `_plan` picks `AHEAD` to get there, and small blocks, so that few rows still reach all
+multiprocessors. It is a formula and no search: results do not depend on what was timed, and no first step is slow.
+
+Half types are read and written as they are; state and sums are float32 in registers (float64 for float64). Offsets are 64 bits wide.
+With `TRITON_INTERPRET=1` set before triton is imported the same code runs on CPU tensors, slowly: that is how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+IN_FLIGHT = 32 << 10  # bytes on their way to one multiprocessor that hide the latency of its memory
+GROUP = 8  # loads issued together
+MANY = 32 << 7  # threads per multiprocessor beyond which blocks of four warps do: the number of blocks there is limited too
+
+_STEPS = ("T", "zt", "zb", "mt", "mb", "yt", "yb", "gt", "gb", "dt", "db", "hb")  # no new compilation for other lengths or strides
+
+
+@triton.jit
+@no_type_check
+def _tanh(x):
+    """libdevice's is not there under the interpreter. Near 0, where 1 - exp(-2x) cancels, a continued fraction good to 2e-13."""
+    s = x * x
+    e = tl.exp(-2.0 * tl.abs(x))
+    near = tl.abs(x) < 0.5
+    above = tl.where(near, x * (10395.0 + s * (1260.0 + 21.0 * s)), tl.where(x < 0, e - 1.0, 1.0 - e))
+    below = tl.where(near, 10395.0 + s * (4725.0 + s * (210.0 + s)), 1.0 + e)
+    return above / below
+
+
+@triton.jit
+@no_type_check
+def _pairs(pairs, N, BLOCK: tl.constexpr):
+    """Row and unit of each thread, and whether there is such a pair."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return i // N, i % N, i < pairs
+
+
+@triton.jit(do_not_specialize=_STEPS)
+@no_type_check
+def _forward(
+    z, u, h, mask, y, T, pairs, N, zt, zb, zn, un, hb, hn, mt, mb, yt, yb, yn,
+    WIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    b, n, there = _pairs(pairs, N, BLOCK)
+    decay = tl.load(u + n * un, mask=there, other=0.0).to(WIDE)
+    state = tl.load(h + b * hb + n * hn, mask=there, other=0.0).to(WIDE)
+    z += b * zb + n * zn
+    mask += b * mb
+    y += b * yb + n * yn
+
+    nothing = tl.zeros_like(decay)
+    inputs, moves = (), ()  # rings: what was loaded for the next AHEAD steps
+    for _ in tl.static_range(AHEAD):
+        inputs += (nothing.to(z.dtype.element_ty),)
+        moves += (there & (T < 0),)
+    # The round at -AHEAD loads for the first one; in it, and beyond the end, no row moves.
+    for start in range(-AHEAD, T, AHEAD):
+        z_t, mask_t = z + tl.cast(start + AHEAD, tl.int64) * zt, mask + tl.cast(start + AHEAD, tl.int64) * mt
+        y_t = y + tl.cast(start, tl.int64) * yt
+        next_inputs, next_moves = (), ()
+        for group in tl.static_range(0, AHEAD, GROUP):
+            for s in tl.static_range(group, group + GROUP):
+                coming = there & (start + AHEAD + s < T)
+                next_inputs += (tl.load(z_t, mask=coming, other=0.0),)
+                next_moves += (tl.load(mask_t, mask=coming, other=0),)
+                z_t += zt
+                mask_t += mt
+            for s in tl.static_range(group, group + GROUP):
+                value = inputs[s].to(WIDE) + decay * state
+                if ACTIVATION == "relu":
+                    value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                elif ACTIVATION == "tanh":
+                    value = _tanh(value)
+                state = tl.where(moves[s], value, state)
+                tl.store(y_t, state.to(y.dtype.element_ty), mask=there & (start >= 0) & (start + s < T))
+                y_t += yt
+        inputs, moves = next_inputs, next_moves
+
+
+@triton.jit(do_not_specialize=_STEPS)
+@no_type_check
+def _backward(
+    gy, y, u, h, mask, gz, gu, gh, T, pairs, N, gt, gb, gn, yt, yb, yn, un, hb, hn, mt, mb, dt, db, dn,
+    WIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    b, n, there = _pairs(pairs, N, BLOCK)
+    decay = tl.load(u + n * un, mask=there, other=0.0).to(WIDE)
+    first = tl.load(h + b * hb + n * hn, mask=there, other=0.0).to(WIDE)
+    last = tl.cast(T - 1, tl.int64)  # step s of the walk is time last - s
+    gy += b * gb + n * gn + last * gt
+    y += b * yb + n * yn + last * yt
+    mask += b * mb + last * mt
+    gz += b * db + n * dn + last * dt
+    g = tl.zeros_like(decay)
+    sums = tl.zeros_like(decay)
+    gradients, outputs, moves = (), (), ()
+    for _ in tl.static_range(AHEAD):
+        gradients += (g.to(gy.dtype.element_ty),)
+        outputs += (g.to(y.dtype.element_ty),)
+        moves += (there & (T < 0),)
+    for start in range(-AHEAD, T, AHEAD):
+        coming_from, store_from = tl.cast(start + AHEAD, tl.int64), tl.cast(start, tl.int64)
+        gy_t, y_t, mask_t, gz_t = gy - coming_from * gt, y - coming_from * yt, mask - coming_from * mt, gz - store_from * dt
+        next_gradients, next_outputs, next_moves = (), (), ()
+        for group in tl.static_range(0, AHEAD, GROUP):
+            for s in tl.static_range(group, group + GROUP):
+                coming = there & (start + AHEAD + s < T)
+                next_gradients += (tl.load(gy_t, mask=coming, other=0.0),)
+                next_outputs += (tl.load(y_t, mask=coming, other=0.0),)
+                next_moves += (tl.load(mask_t, mask=coming, other=0),)
+                gy_t -= gt
+                y_t -= yt
+                mask_t -= mt
+            for s in tl.static_range(group, group + GROUP):
+                out = outputs[s].to(WIDE)
+                before = (outputs + next_outputs)[s + 1].to(WIDE)
+                before = tl.where(start + s + 1 < T, before, first)
+                total = gradients[s].to(WIDE) + g
+                through = total
+                if ACTIVATION == "relu":
+                    through = tl.where(out <= 0, 0.0, total)  # NaN passes, as in torch
+                elif ACTIVATION == "tanh":
+                    through = total * (1.0 - out * out)
+                sums = tl.where(moves[s], sums + through * before, sums)
+                g = tl.where(moves[s], through * decay, total)
+                tl.store(gz_t, tl.where(moves[s], through, 0.0).to(gz.dtype.element_ty), mask=there & (start >= 0) & (start + s < T))
+                gz_t -= dt
+        gradients, outputs, moves = next_gradients, next_outputs, next_moves
+    tl.store(gu + b * N + n, sums, mask=there)
+    tl.store(gh + b * N + n, g.to(gh.dtype.element_ty), mask=there)
+
+
+class Plan(NamedTuple):
+    """How a launch is cut: threads per block, four warps at most; steps loaded ahead."""
+
+    block: int
+    warps: int
+    ahead: int
+
+
+def _plan(pairs: int, itemsize: int, multiprocessors: int) -> Plan:
+    """Blocks of one warp, unless there are more than a multiprocessor takes; as many steps ahead as fill the memory pipe, from 8 to 32.
+
+    For (B, N) = (32, 128) in float32 on 132 multiprocessors one step is 124 bytes for each: 32 steps ahead, no more for want of
+    registers. (128, 512): 2 KB, 16 steps.
+    """
+    warps = 4 if pairs > MANY * multiprocessors else 1
+    wanted = IN_FLIGHT * multiprocessors // max(1, pairs * itemsize)
+    ahead = 32 if wanted >= 32 and itemsize < 8 else 16 if wanted >= 16 else 8
+    return Plan(32 * warps, warps, ahead)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _launch(kernel: Callable[..., None], tensors: tuple[Tensor, ...], shape: torch.Size, strides: tuple[int, ...], activation: str) -> None:
+    like = tensors[0]
+    steps, batch, units = shape
+    plan = _plan(batch * units, like.element_size(), _multiprocessors(like.device))
+    # Triton launches on the current device, which need not be the one where the tensors are.
+    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+        kernel[(triton.cdiv(batch * units, plan.block),)](  # type: ignore[index]
+            *tensors, steps, batch * units, units, *strides,
+            WIDE=tl.float64 if like.dtype == torch.float64 else tl.float32, ACTIVATION=activation,
+            BLOCK=plan.block, AHEAD=plan.ahead, GROUP=GROUP, num_warps=plan.warps,
+        )  # fmt: skip
+
+
+def forward(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> Tensor:
+    """`recur`: z (T, B, N), u (N,), h (B, N), mask (T, B) bool -> y (T, B, N) in the type of z; strides as they come."""
+    y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    if y.numel():
+        strides = *z.stride(), *u.stride(), *h.stride(), *mask.stride(), *y.stride()
+        _launch(_forward, (z, u, h, mask, y), z.shape, strides, activation)
+    return y
+
+
+def backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to z, u and h, given the gradient gy of the output y.
+
+    For half types y counts as it was stored. The sum over the batch is torch's, not one of atomics: the same bits every time.
+    """
+    gz = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    gu = torch.zeros(h.shape, dtype=torch.float64 if y.dtype == torch.float64 else torch.float32, device=h.device)
+    gh = torch.zeros(h.shape, dtype=h.dtype, device=h.device)
+    if y.numel():
+        strides = *gy.stride(), *y.stride(), *u.stride(), *h.stride(), *mask.stride(), *gz.stride()
+        _launch(_backward, (gy, y, u, h, mask, gz, gu, gh), y.shape, strides, activation)
+    return gz, gu.sum(0).to(u.dtype), gh
