@@ -116,5 +116,6 @@ endef
 
 # One resolution for all Pythons and platforms.
 COMPILE = $(LOCK)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --quiet --custom-compile-command "make lock" $(ARGS)
-# What torch asks for on Linux where it comes with CUDA: torch itself pins these, and its CPU build has none of them.
-TORCH_CUDA = cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13 triton
+# What torch asks for on Linux where it comes with CUDA: torch itself pins these, and its CPU build has none of them. But for triton, in
+# the version that goes with torch: its interpreter and compiler test the GPU kernels where no GPU is.
+TORCH_CUDA = cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13

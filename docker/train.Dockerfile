@@ -9,11 +9,13 @@ ARG TORCH_PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_TRUSTED_HOST
+# triton (700 MB) comes with torch's CUDA build; beside the CPU build it is for tests only
 COPY requirements-train.txt requirements-torch.txt /
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip /opt/venv \
     && pip="python3 -m pip --python /opt/venv/bin/python install --disable-pip-version-check --no-warn-script-location" \
-    && $pip -r /requirements-train.txt \
+    && grep -v "^triton==" /requirements-train.txt >/requirements.txt \
+    && $pip -r /requirements.txt \
     && $pip -r /requirements-torch.txt ${TORCH_PIP_ARGS}
 
 FROM ${BASE}
