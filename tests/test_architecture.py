@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rows from low to high: a module imports only modules of lower rows, never of its own. "datasets.*" stands for every module of that folder.
 LAYERS = {
     "model": [
-        ["contract", "skeletons", "config", "kernels.*"],
+        ["contract", "skeletons", "config", "kernels.buffers"],
+        ["kernels.*"],
         ["recurrence", "kernels.norm"],
         ["normalise"],
         ["layers"],
-        ["indrnn", "features", "baselines"],
-        ["dense"],
+        ["indrnn", "features", "baselines", "tokens"],
+        ["dense", "convolution"],
         ["backbones"],
         ["network"],
     ],

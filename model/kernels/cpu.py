@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model.kernels.buffers import empty
+
 Array = npt.NDArray[Any]
 Strides = tuple[int, ...]
 
@@ -187,7 +189,7 @@ def forward(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> T
     """`recur` for CPU tensors: z (T, B, N), u (N,), h (B, N), mask (T, B) bool -> y (T, B, N). Half types are computed in float32."""
     if z.dtype in HALVES:
         return forward(z.float(), u.float(), h.float(), mask, activation).to(z.dtype)
-    y = torch.empty(z.shape, dtype=z.dtype)
+    y = empty(z.shape, z.dtype)
     arguments = _span(z), z.stride(), _row(u), _row(h), _span(mask), mask.stride(), _row(y), tuple(z.shape), KINDS[activation]
     _over_slices(lambda rows, units: _forward(*arguments, rows, units), z.shape)
     return y
@@ -198,7 +200,7 @@ def backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activati
     if y.dtype in HALVES:
         gz, gu, gh = backward(gy.float(), y.float(), u.float(), h.float(), mask, activation)
         return gz.to(y.dtype), gu.to(u.dtype), gh.to(h.dtype)
-    gz, gu_rows, gh = torch.empty(y.shape, dtype=y.dtype), torch.zeros(h.shape, dtype=h.dtype), torch.zeros(h.shape, dtype=h.dtype)
+    gz, gu_rows, gh = empty(y.shape, y.dtype), torch.zeros(h.shape, dtype=h.dtype), torch.zeros(h.shape, dtype=h.dtype)
     outputs = _row(gz), _row(gu_rows), _row(gh)
     arguments = _span(gy), gy.stride(), _row(y), _row(u), _row(h), _span(mask), mask.stride(), *outputs, tuple(y.shape), KINDS[activation]
     _over_slices(lambda rows, units: _backward(*arguments, rows, units), y.shape)
