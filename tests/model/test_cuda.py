@@ -232,6 +232,22 @@ def test_what_stands_at_masked_steps_does_not_matter(kernels: Kernels) -> None:
     assert torch.equal(kernels.forward(dirty, u, h, mask, "relu"), y)
 
 
+def far_apart() -> bool:
+    """Steps 2^26 elements apart, so that the 32nd begins where 32 bits end; memory that nobody touches is only promised."""
+    memory = torch.empty((34 << 26) + 8, dtype=torch.bfloat16)
+    z = memory.as_strided((35, 2, 4), (1 << 26, 4, 1))
+    z[:] = torch.rand(35, 2, 4, generator=torch.Generator().manual_seed(1))
+    u, h, mask = torch.full((4,), 0.5), torch.ones(2, 4), torch.ones(35, 2, dtype=torch.bool)
+    y = cuda.forward(z, u, h, mask, "identity")
+    same = torch.equal(y, cuda.forward(z.contiguous(), u, h, mask, "identity"))
+    pairs = zip(cuda.backward(z, z, u, h, mask, "tanh"), cuda.backward(z.contiguous(), z.contiguous(), u, h, mask, "tanh"), strict=True)
+    return same and all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_offsets_beyond_31_bits(interpreter: concurrent.futures.Executor) -> None:
+    assert interpreter.submit(far_apart).result(timeout=120)
+
+
 @pytest.mark.parametrize("pairs", [1, 4096, 65536, 10**7])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_plan(pairs: int, itemsize: int) -> None:
