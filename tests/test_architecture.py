@@ -25,11 +25,12 @@ LAYERS = {
         ["network"],
     ],
     "training": [
-        ["config", "datasets.clips", "onnx_file", "prefetch"],
-        ["datasets.*", "augment", "splits", "samples"],
+        ["config", "datasets.clips", "onnx_file", "prefetch", "folds"],
+        ["datasets.*", "augment", "splits", "samples", "distributed", "schedule"],
         ["batches", "checkpoint"],
-        ["evaluate", "export", "verify"],
-        ["loop", "report", "publish"],
+        ["evaluate", "export", "verify", "loss", "memory"],
+        ["report", "publish", "preflight"],
+        ["loop"],
         ["__main__"],
     ],
     "service": [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from model.network import Network
 from training.config import Config, ConfigError, from_dict
 from training.datasets.clips import ClipSet
 
+_STATE = ("epoch", "weights", "training_weights", "optimizer", "best", "stale", "schedule", "scaler")
 LAST, BEST = "last.pt", "best.pt"
 
 
@@ -48,6 +49,9 @@ class Checkpoint:
     training_weights: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     best: float  # best validation accuracy so far, -1 before the first
+    stale: int = 0  # epochs since it last rose
+    schedule: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)  # of float16 gradients
 
     def network(self) -> Network:
         """The network with the weights to evaluate, in evaluation mode."""
@@ -73,7 +77,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
         "format": 1,
         "config": checkpoint.config.to_dict(),
         "subject": asdict(checkpoint.subject),
-        **{name: getattr(checkpoint, name) for name in ("epoch", "weights", "training_weights", "optimizer", "best")},
+        **{name: getattr(checkpoint, name) for name in _STATE},
     }
     temporary = path.with_suffix(".part")
     with temporary.open("wb") as file:

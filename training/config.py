@@ -7,10 +7,13 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
 from model.contract import NAME_PATTERN, ManifestError, decode
+
+Schedule = Literal["cosine", "one-cycle", "plateau", "constant"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class ConfigError(ValueError):
@@ -27,6 +30,10 @@ class DataConfig:
     evaluation_options: dict[str, Any] = field(default_factory=dict)  # on top of options, for validation and test clips: e.g. windows
     test: dict[str, list[str]] = field(default_factory=lambda: {"split": ["test"]})  # group -> values; the rest is training data
     validation: dict[str, list[str]] = field(default_factory=dict)  # held out of the training data, to choose on
+    validation_share: float = 0.0  # instead: this share of every class, drawn once and for all seeds alike
+    folds: int = 0  # instead: one of so many parts, which `crossvalidate` holds out in turn
+    fold: int = 0  # which of them
+    fold_by: str = ""  # group that parts keep together, e.g. subject; empty: every class is divided alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +56,23 @@ class TrainConfig:
     """How to fit."""
 
     epochs: int = 60
-    batch: int = 64
+    batch: int = 64  # clips in a step, over all processes
+    optimizer: Literal["adamw", "adam"] = "adamw"  # adam adds weight decay to the gradient, adamw takes it off the weights
     learning_rate: float = 2e-3
     weight_decay: float = 0.02  # on matrices only, never on u, biases and norms
     clip_gradient: float = 1.0
-    warm_up: float = 0.1  # share of the steps before the learning rate is at its peak; it falls along a cosine afterwards
+    warm_up: float = 0.1  # share of the steps before the learning rate is at its peak
+    schedule: Schedule = "cosine"  # of the learning rate after that; plateau: falls when the validation loss has not for a while
+    plateau_factor: float = 0.5  # what the learning rate is then multiplied with
+    plateau_patience: int = 5  # epochs without a lower validation loss before that
+    early_stop: int = 0  # epochs without a better validation accuracy after which training ends; 0: never
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many clips it has
     label_smoothing: float = 0.1
     early: float = 0.5  # weight of a clip's first step in the loss, rising to 1 at its last: 0 forgives early doubt, 1 does not
     ema: float = 0.0  # decay of the running mean of the weights that is evaluated and exported; 0: the weights themselves
     max_frames: int = 64  # of longer training clips random stretches of consecutive frames are drawn, as many as make up their length
+    precision: Precision = "float32"  # of matrix products; weights, sums, state and evaluation stay float32
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: an NVIDIA GPU where there is one
     threads: int = 0  # of torch; 0: all cores
 
 
@@ -83,10 +98,11 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
-        t, a = self.train, self.augment
+        d, t, a = self.data, self.train, self.augment
+        ways = bool(d.validation) + (d.validation_share > 0) + (d.folds > 0)
         for section in (t, a):
             for name, value in vars(section).items():
-                if not math.isfinite(value) or value < 0:
+                if not isinstance(value, str) and (not math.isfinite(value) or value < 0):
                     raise ConfigError(f"{'train' if section is t else 'augment'}.{name} must be a finite number, not negative, got {value}")
         for holds, message in (
             (NAME_PATTERN.fullmatch(self.name) is not None, f"name {self.name!r} must match {NAME_PATTERN.pattern}: it becomes a folder and part of a URL"),
@@ -103,7 +119,19 @@ class Config:
             (a.drop_joints <= 1 and a.cut_start <= 1, "augment.drop_joints and augment.cut_start are shares of clips: at most 1"),
             (self.export.chunk >= 1, f"export.chunk must be at least 1, got {self.export.chunk}"),
             (a.drop_joints == 0 or self.model.missing, "augment.drop_joints makes values missing: set model.missing = true"),
-            (self.final or bool(self.data.validation), "data.validation is empty: name what to hold out and choose on, or set final = true"),
+            (t.optimizer in ("adamw", "adam"), f"train.optimizer must be adamw or adam, got {t.optimizer!r}"),
+            (t.schedule in get_args(Schedule), f"train.schedule must be one of {', '.join(get_args(Schedule))}, got {t.schedule!r}"),
+            (0 < t.plateau_factor < 1, f"train.plateau_factor must be between 0 and 1, got {t.plateau_factor}"),
+            (not self.final or t.schedule != "plateau", "train.schedule = plateau goes by the validation part, and final = true has none: take another"),
+            (not self.final or t.early_stop == 0, "train.early_stop goes by the validation part, and final = true has none: set train.epochs instead"),
+            (t.class_weights in ("none", "balanced"), f"train.class_weights must be none or balanced, got {t.class_weights!r}"),
+            (t.precision in get_args(Precision), f"train.precision must be one of {', '.join(get_args(Precision))}, got {t.precision!r}"),
+            (t.device in ("auto", "cpu", "cuda"), f"train.device must be auto, cpu or cuda, got {t.device!r}"),
+            (0 <= d.validation_share < 1, f"data.validation_share must be in [0, 1), got {d.validation_share}"),
+            (d.folds == 0 or d.folds >= 2, f"data.folds must be at least 2, got {d.folds}"),
+            (0 <= d.fold < max(1, d.folds), f"data.fold must be in 0..{max(1, d.folds) - 1}, got {d.fold}"),
+            (ways <= 1, "data.validation, data.validation_share and data.folds each say what to hold out: give one of them"),
+            (self.final or ways == 1, "data.validation is empty: name what to hold out and choose on, or set data.validation_share, or final = true"),
         ):
             if not holds:
                 raise ConfigError(message)

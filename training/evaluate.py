@@ -12,6 +12,7 @@ from model.layers import step_mask
 from model.network import Network
 from training.batches import evaluation_batches
 from training.datasets.clips import ClipSet
+from training.distributed import Group
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Evaluation:
     labels: npt.NDArray[np.int64]
     loss: float
     frame_accuracy: float
+
+    @classmethod
+    def of(cls, scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], frame_accuracy: float = float("nan")) -> Evaluation:
+        """With the loss that the scores come to."""
+        loss = -np.log(np.maximum(scores[np.arange(len(labels)), labels], 1e-9)).mean()
+        return cls(scores, labels, float(loss), frame_accuracy)
 
     @property
     def accuracy(self) -> float:
@@ -36,19 +43,22 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(network: Network, clips: ClipSet) -> Evaluation:
-    """Runs every clip from the zero state, whole."""
+def evaluate(network: Network, clips: ClipSet, group: Group | None = None) -> Evaluation:
+    """Runs every clip from the zero state, whole, on the network's device; a group of processes divides the clips."""
+    group, device = group or Group(), network.head.weight.device
     was_training = network.training
     network.eval()
-    scores = np.zeros((len(clips), len(clips.classes)), np.float32)
-    right = frames = 0
-    for batch, index in evaluation_batches(clips):
+    scores = torch.zeros(len(clips), len(clips.classes))
+    counts = torch.zeros(2, dtype=torch.float64)  # frames that are right, frames
+    for i, (batch, index) in enumerate(evaluation_batches(clips)):
+        if i % group.size != group.rank:
+            continue
+        batch = batch.to(device)
         logits, _ = network(batch.frames, batch.lengths, network.initial_state(len(index)))
-        last = logits[torch.arange(len(index)), batch.lengths - 1]
-        scores[index] = torch.softmax(last, -1).numpy()
+        last = logits[torch.arange(len(index), device=device), batch.lengths - 1]
+        scores[index] = torch.softmax(last, -1).cpu()
         real = step_mask(batch.lengths, batch.frames.shape[1]).T
-        right += int(((logits.argmax(-1) == batch.labels[:, None]) & real).sum())
-        frames += int(batch.lengths.sum())
+        counts += torch.stack([((logits.argmax(-1) == batch.labels[:, None]) & real).sum(), batch.lengths.sum()]).cpu()
     network.train(was_training)
-    loss = -np.log(np.maximum(scores[np.arange(len(clips)), clips.labels], 1e-9)).mean()
-    return Evaluation(scores, clips.labels, float(loss), right / frames)
+    right, frames = group.total(counts.to(group.device)).tolist()
+    return Evaluation.of(group.total(scores.to(group.device)).cpu().numpy(), clips.labels, right / frames)

@@ -19,18 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.layers import step_mask
+from model.layers import Share, take_part
 from model.network import Network
 from training.augment import Augment
 from training.batches import Batch, collate, epoch_batches, training_batches
 from training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, Subject, build, load, save
-from training.config import Config, ConfigError, TrainConfig
+from training.config import Config, TrainConfig
 from training.datasets.clips import ClipSet
+from training.distributed import Group, choose_device
 from training.evaluate import evaluate
+from training.loss import class_weights, sequence_loss
+from training.memory import BATCHES_AHEAD
 from training.prefetch import Prefetch
+from training.preflight import check
+from training.schedule import Schedule
 
 METRICS = "metrics.jsonl"
-AHEAD = 16  # batches: two runs of those that are made together
 
 
 @dataclass
@@ -50,112 +54,129 @@ class TrainingDiverged(RuntimeError):
     """The loss is no longer finite; the last checkpoint is intact."""
 
 
-def train(config: Config, training: ClipSet, validation: ClipSet | None, folder: Path, *, resume: bool = False, watch: Callable[[Progress], None]) -> Path:
+def train(
+    config: Config,
+    training: ClipSet,
+    validation: ClipSet | None,
+    folder: Path,
+    *,
+    resume: bool = False,
+    watch: Callable[[Progress], None],
+    group: Group | None = None,
+) -> Path:
     """Fits a network and returns the checkpoint to use: the best on validation, or the last where there is none.
 
     `folder` gets a checkpoint after every epoch and a line of metrics in `metrics.jsonl`. With `resume` it goes on after the last one.
+    In a `group` every process calls this with the same arguments; the first writes. Raises `DataError` or `ConfigError` before the first
+    step, with nothing written, where the run cannot work (`preflight`).
     """
-    subject = Subject.of(training)
-    if training.missing and not config.model.missing:
-        raise ConfigError(f"{subject.source.name}: values are missing in training clips: set model.missing = true")
-    torch.set_num_threads(config.train.threads or torch.get_num_threads())
+    t, subject = config.train, Subject.of(training)
+    group = group or Group(device=choose_device(t))
+    check(config, training, validation, group.device, group.size)
+    torch.set_num_threads(t.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     network = build(config, subject)
     network.fit_features(_samples(training))
     mean_network = build(config, subject)
     mean_network.load_state_dict(network.state_dict())
-    optimizer = _optimizer(network, config.train)
-    augment = Augment(config.augment, subject.layout)
-    batches_per_epoch = epoch_batches(training, config.train.batch, config.train.max_frames)
+    network, mean_network = network.to(group.device), mean_network.to(group.device)
     averaged = list(mean_network.state_dict().values()), list(network.state_dict().values())
-    best, first_epoch = -1.0, 0
+    batches_per_epoch = epoch_batches(training, t.batch, t.max_frames)
+    optimizer = _optimizer(network, t)
+    schedule = Schedule(optimizer, t, batches_per_epoch * t.epochs)
+    scaler = torch.amp.GradScaler(group.device.type, enabled=t.precision == "float16")
+    half = torch.autocast(group.device.type, getattr(torch, t.precision), enabled=t.precision != "float32")
+    augment, weights = Augment(config.augment, subject.layout), class_weights(training.labels, len(training.classes), t)
+    share = Share(group.total, group.rows, 0)
+    take_part(network, share if group.size > 1 else None)
+    best, stale, first_epoch = -1.0, 0, 0
     if resume:
-        found = load(folder / LAST)
-        if found.config != config or found.subject != subject:
+        found = group.from_first(load(folder / LAST) if group.first else None)
+        if found is None or found.config != config or found.subject != subject:
             raise CheckpointError(f"{folder}: was trained with another configuration or other data; resume with the same, or choose another --out")
         network.load_state_dict(found.training_weights)
         mean_network.load_state_dict(found.weights)
         optimizer.load_state_dict(found.optimizer)
-        best, first_epoch = found.best, found.epoch
-        _drop_rows_after(folder / METRICS, first_epoch)
+        schedule.load_state_dict(found.schedule)
+        scaler.load_state_dict(found.scaler)
+        best, stale, first_epoch = found.best, found.stale, found.epoch
+        if group.first:
+            _drop_rows_after(folder / METRICS, first_epoch)
 
     def batches() -> Iterator[Batch]:
-        for epoch in range(first_epoch, config.train.epochs):
-            yield from training_batches(training, config.train.batch, augment, config.train.max_frames, (config.seed, epoch))
+        for epoch in range(first_epoch, t.epochs):
+            yield from training_batches(training, t.batch, augment, t.max_frames, (config.seed, epoch), weights)
 
-    with Prefetch(batches, AHEAD) as ready:
-        for epoch in range(first_epoch, config.train.epochs):
+    with Prefetch(batches, BATCHES_AHEAD) as ready:
+        for epoch in range(first_epoch, t.epochs):
+            if t.early_stop and stale >= t.early_stop:
+                break
             started, waited = time.perf_counter(), ready.waited
             torch.manual_seed(int(np.random.default_rng((config.seed, epoch)).integers(2**62)))  # dropout
             network.train()
             loss_sum = right = seen = 0.0
-            for i, batch in enumerate(itertools.islice(ready, batches_per_epoch)):
-                step = epoch * batches_per_epoch + i
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config.train, step, batches_per_epoch * config.train.epochs)
-                steps, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(len(batch.labels)))
-                loss = sequence_loss(logits, batch, config.train)
-                if steps is not logits:  # an average is right only where its steps are: both are taught
-                    loss = (loss + sequence_loss(steps, batch, config.train)) / 2
-                if not torch.isfinite(loss):
-                    raise TrainingDiverged(f"loss is {loss.item()} in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate or train.clip_gradient")
+            for i, whole in enumerate(itertools.islice(ready, batches_per_epoch)):
+                step, rate = epoch * batches_per_epoch + i, optimizer.param_groups[0]["lr"]
+                share.batch, batch = len(whole.labels), (whole.take(group.rows) if group.size > 1 else whole).to(group.device)
+                with half:
+                    loss, last = _forward(network, batch, t)
+                    loss = loss + network.penalty() / group.size
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(network.parameters(), config.train.clip_gradient)
-                optimizer.step()
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                hits = (last.argmax(-1) == batch.labels).sum()
+                value, correct = group.total_gradients(network, torch.stack([loss.detach(), hits])).tolist()
+                if not math.isfinite(value):
+                    raise TrainingDiverged(f"loss is {value} in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate or train.clip_gradient")
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(network.parameters(), t.clip_gradient)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
                 network.clamp_recurrent_()
-                _average(*averaged, config.train.ema, step)
-                last = logits.detach()[torch.arange(len(batch.labels)), batch.lengths - 1]
-                loss_sum += loss.item() * len(batch.labels)
-                right += (last.argmax(-1) == batch.labels).sum().item()
-                seen += len(batch.labels)
-                watch(Progress(epoch + 1, config.train.epochs, i + 1, batches_per_epoch, loss_sum / seen, right / seen))
+                _average(*averaged, t.ema, step)
+                loss_sum += value * share.batch
+                right += correct
+                seen += share.batch
+                watch(Progress(epoch + 1, t.epochs, i + 1, batches_per_epoch, loss_sum / seen, right / seen))
 
-            row: dict[str, Any] = {"epoch": epoch + 1, "loss": loss_sum / seen, "accuracy": right / seen, "learning_rate": optimizer.param_groups[0]["lr"]}
+            row: dict[str, Any] = {"epoch": epoch + 1, "loss": loss_sum / seen, "accuracy": right / seen, "learning_rate": rate}
             row["waiting"] = round((ready.waited - waited) / (time.perf_counter() - started), 4)  # share of the time without a batch to compute with
             improved = validation is None
             if validation is not None:
-                result = evaluate(mean_network, validation)
+                result = evaluate(mean_network, validation, group)
                 row |= {"validation_loss": result.loss, "validation_accuracy": result.accuracy, "validation_frame_accuracy": result.frame_accuracy}
+                schedule.end_epoch(result.loss)
+                stale = 0 if result.accuracy > best else stale + 1
                 improved, best = result.accuracy >= best, max(best, result.accuracy)
             row["seconds"] = round(time.perf_counter() - started, 3)
-            checkpoint = Checkpoint(config, subject, epoch + 1, mean_network.state_dict(), network.state_dict(), optimizer.state_dict(), best)
-            with (folder / METRICS).open("a") as file:  # first, since a resume drops rows that no checkpoint followed, but cannot make up for lost ones
-                file.write(json.dumps(row) + "\n")
-            if improved:
-                save(checkpoint, folder / BEST)
-            save(checkpoint, folder / LAST)
-            watch(Progress(epoch + 1, config.train.epochs, batches_per_epoch, batches_per_epoch, loss_sum / seen, right / seen, row))
+            state = optimizer.state_dict(), best, stale, schedule.state_dict(), scaler.state_dict()
+            checkpoint = Checkpoint(config, subject, epoch + 1, mean_network.state_dict(), network.state_dict(), *state)
+            if group.first:
+                with (folder / METRICS).open("a") as file:  # first, since a resume drops rows that no checkpoint followed, but cannot make up for lost ones
+                    file.write(json.dumps(row) + "\n")
+                if improved:
+                    save(checkpoint, folder / BEST)
+                save(checkpoint, folder / LAST)
+            watch(Progress(epoch + 1, t.epochs, batches_per_epoch, batches_per_epoch, loss_sum / seen, right / seen, row))
     return folder / BEST
 
 
-def sequence_loss(logits: Tensor, batch: Batch, config: TrainConfig) -> Tensor:
-    """Cross-entropy at every real step, weighted from `early` at a clip's first step to 1 at its last; each clip counts the same."""
-    steps = logits.shape[1]
-    real = step_mask(batch.lengths, steps).T.to(logits.dtype)
-    place = torch.arange(steps)[None, :] / (batch.lengths[:, None] - 1)
-    place = torch.where(batch.lengths[:, None] > 1, place, 1.0)  # the only step of a clip is its last
-    weight = real * (config.early + (1 - config.early) * place)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
-    labels = batch.labels[:, None].expand(-1, steps)
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", label_smoothing=config.label_smoothing)
-    return (losses * weight).sum() / len(batch.labels)
+def _forward(network: Network, batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The loss, this process's part of it, and logits (B, classes) at each clip's last step."""
+    steps, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(len(batch.labels)))
+    last = network.config.head == "last"
+    loss = sequence_loss(logits, batch, config, last=last)
+    if steps is not logits:  # an average is right only where its steps are: both are taught
+        loss = (loss + sequence_loss(steps, batch, config, last=last)) / 2
+    return loss, logits.detach()[torch.arange(len(batch.labels), device=logits.device), batch.lengths - 1]
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Linear warm-up to the peak, then half a cosine down to a hundredth of it."""
-    warm = max(1, round(config.warm_up * steps))
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    share = (step - warm) / max(1, steps - warm)
-    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def _optimizer(network: Network, config: TrainConfig) -> torch.optim.AdamW:
+def _optimizer(network: Network, config: TrainConfig) -> torch.optim.Optimizer:
     matrices = [p for p in network.parameters() if p.ndim >= 2]
     others = [p for p in network.parameters() if p.ndim < 2]  # u, biases, norms: never decayed
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.learning_rate, fused=True)
 
 
 @torch.no_grad()

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from model.contract import ManifestError, decode
-from training.config import Config, ConfigError
+from training.config import Config, ConfigError, DataConfig
 from training.datasets.clips import ClipSet, DataError
+from training.folds import group_folds, stratified_folds, stratified_share
 
 READERS = ("clip_folder", "finger_points", "nw_ucla", "uea", "ui_prmd")
 
@@ -86,12 +88,26 @@ def split(config: Config, clips: ClipSet) -> Splits:
     if is_test.all():
         raise DataError(f"{clips.source.name}: every clip is a test clip ({config.data.test}); nothing is left to train on")
     rest = clips.take(np.flatnonzero(~is_test))
-    held_out = _matches(rest, config.data.validation)
-    if config.final or not config.data.validation:
+    if config.final:
         return Splits(_complete(rest), None, test)
+    held_out = _held_out(rest, config.data)
     if not held_out.any() or held_out.all():
-        raise DataError(f"{clips.source.name}: data.validation {config.data.validation} holds out {held_out.sum()} of {len(rest)} training clips")
+        raise DataError(f"{clips.source.name}: data.validation {config.data.validation or ''} holds out {held_out.sum()} of {len(rest)} training clips")
     return Splits(_complete(rest.take(np.flatnonzero(~held_out))), rest.take(np.flatnonzero(held_out)), test)
+
+
+def _held_out(clips: ClipSet, data: DataConfig) -> npt.NDArray[np.bool_]:
+    """Which training clips are for validation, (N,) bool, by whichever way the configuration names."""
+    if data.validation:
+        return _matches(clips, data.validation)
+    if data.validation_share:
+        return stratified_share(clips.labels, data.validation_share)
+    if not data.fold_by:
+        return np.equal(stratified_folds(clips.labels, data.folds), data.fold)
+    try:
+        return np.equal(group_folds(_column(clips, data.fold_by), data.folds), data.fold)
+    except ValueError as error:
+        raise DataError(f"{clips.source.name}: {error}") from None
 
 
 def _complete(training: ClipSet) -> ClipSet:
@@ -103,7 +119,12 @@ def _complete(training: ClipSet) -> ClipSet:
 
 def describe(config: Config) -> str:
     """Which part of the data chose, in a sentence."""
-    held_out = " and ".join(f"{group} {', '.join(values)}" for group, values in config.data.validation.items())
+    data = config.data
+    held_out = " and ".join(f"{group} {', '.join(values)}" for group, values in data.validation.items())
+    if data.validation_share:
+        held_out = f"{100 * data.validation_share:g} % of every class"
+    if data.folds:
+        held_out = f"fold {data.fold + 1} of {data.folds}{f', divided by {data.fold_by}' if data.fold_by else ''},"
     if not held_out:
         return "nothing was chosen on data: no validation part is named"
     if config.final:
@@ -115,9 +136,14 @@ def _matches(clips: ClipSet, wanted: dict[str, list[str]]) -> np.ndarray:
     """Which clips have one of the values wanted in every group named; none where no group is named."""
     chosen = np.full(len(clips), bool(wanted))
     for group, values in wanted.items():
-        if group not in clips.groups:
-            raise DataError(f"{clips.source.name}: no group {group!r}; there are: {', '.join(clips.groups) or 'none'}")
-        if strange := sorted(set(values) - set(clips.groups[group].tolist())):
-            raise DataError(f"{clips.source.name}: no clip has {group} {strange[0]!r}; there are: {', '.join(sorted(set(clips.groups[group].tolist())))}")
-        chosen &= np.isin(clips.groups[group], values)
+        column = _column(clips, group)
+        if strange := sorted(set(values) - set(column.tolist())):
+            raise DataError(f"{clips.source.name}: no clip has {group} {strange[0]!r}; there are: {', '.join(sorted(set(column.tolist())))}")
+        chosen &= np.isin(column, values)
     return chosen
+
+
+def _column(clips: ClipSet, group: str) -> np.ndarray:
+    if group not in clips.groups:
+        raise DataError(f"{clips.source.name}: no group {group!r}; there are: {', '.join(clips.groups) or 'none'}")
+    return clips.groups[group]

@@ -43,7 +43,7 @@ def test_what_is_left_out_has_defaults() -> None:
         ("model", [], "config.model: expected an object"),
         ("model.layers", 2.0, "config.model.layers: expected int"),
         ("model.layers", True, "config.model.layers: expected int"),
-        ("model.kind", "dense", "config.model.kind: 'dense' is none of"),
+        ("model.kind", "deep", "config.model.kind: 'deep' is none of"),
         ("train.epochs", "4", "config.train.epochs: expected int"),
         ("train.ema", "0.9", "config.train.ema: expected float"),
         ("augment.mirror", 1, "config.augment.mirror: expected bool"),
@@ -74,6 +74,18 @@ def test_what_is_left_out_has_defaults() -> None:
         ("augment.cut_start", 1.1, "at most 1"),
         ("augment.drop_joints", 0.1, "set model.missing = true"),
         ("export.chunk", 0, "export.chunk"),
+        ("train.optimizer", "sgd", "config.train.optimizer: 'sgd' is none of"),
+        ("train.schedule", "step", "config.train.schedule: 'step' is none of"),
+        ("train.precision", "int8", "config.train.precision: 'int8' is none of"),
+        ("train.device", "tpu", "config.train.device: 'tpu' is none of"),
+        ("train.class_weights", "rare", "config.train.class_weights: 'rare' is none of"),
+        ("train.plateau_factor", 1.0, "train.plateau_factor must be between 0 and 1"),
+        ("train.early_stop", -1, "train.early_stop"),
+        ("data.validation_share", 0.2, "each say what to hold out: give one of them"),
+        ("data.validation_share", 1.0, "data.validation_share must be in"),
+        ("data.folds", 3, "each say what to hold out: give one of them"),
+        ("data.folds", 1, "data.folds must be at least 2"),
+        ("data.fold", 1, "data.fold must be in 0..0"),
         ("data.validation", {}, "data.validation is empty"),
     ],
 )
@@ -88,6 +100,12 @@ def test_faults_are_named_by_key(key: str, value: Any, message: str) -> None:
         inner[last] = {}
     with pytest.raises(ConfigError, match=message):
         from_dict(config)
+
+
+@pytest.mark.parametrize("section", [{"schedule": "plateau"}, {"early_stop": 3}])
+def test_a_final_run_cannot_go_by_a_validation_part(section: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"train.{next(iter(section))}.* goes by the validation part"):
+        from_dict(settings(final=True, train=section))
 
 
 @pytest.mark.parametrize("key", ["name", "data"])
