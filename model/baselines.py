@@ -39,7 +39,7 @@ class BaselineLayer(nn.Module):
         The mask must be that of lengths: a row's real steps come first. Needs T >= 1.
         """
         if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-            states = self._symbol(nn.functional.linear(x, *self._weights("ih")), state, mask)
+            states = self._symbol(nn.functional.linear(x, *self.weights("ih")), state, mask)
             return states[..., : self.units], states[-1]
         x = torch.where(mask[..., None], x, 0.0)  # gradients of a matrix would let NaN of masked steps through
         lengths = mask.sum(0)
@@ -59,14 +59,14 @@ class BaselineLayer(nn.Module):
         end = torch.where(lengths[:, None] > 0, torch.cat(ends, -1)[0], state)
         return pad_packed_sequence(y, total_length=len(x))[0], end
 
-    def _weights(self, part: str) -> tuple[Tensor, Tensor]:
+    def weights(self, part: str) -> tuple[Tensor, Tensor]:
         """Matrix and bias of the input ("ih") or of the recurrence ("hh")."""
         return self.cell.get_parameter(f"weight_{part}_l0"), self.cell.get_parameter(f"bias_{part}_l0")
 
     def _symbol(self, z: Tensor, state: Tensor, mask: Tensor) -> Tensor:
         """All states (T, B, state_width); masked steps repeat the state."""
         shape = (*z.shape[:2], self.state_width)
-        inputs = (z, *self._weights("hh"), state, mask[..., None])
+        inputs = (z, *self.weights("hh"), state, mask[..., None])
         symbol: Tensor = torch.onnx.ops.symbolic(f"{ONNX_DOMAIN}::{FUNCTIONS[self.kind]}", inputs, dtype=z.dtype, shape=shape, version=1)
         return symbol
 

@@ -22,7 +22,11 @@ class ModelConfig:
     norm: Literal["before", "after", "none"] = "after"  # batch normalisation beside the recurrence; a residual stack always has its own
     activation: Activation = "relu"  # of the recurrences
     horizon: int = 0  # frames after which the past is forgotten: bounds |u| below one; 0: |u| <= 1
-    memory: Literal["every", "last"] = "every"  # initialisation of u in the last layer: a score at every step, or one at the end
+    bound: Literal["clamp", "penalty"] = "clamp"  # u is put back after each training step, or what is beyond is added to the loss
+    memory: Literal["every", "last", "ones", "normal"] = "every"  # how u starts: see `model.indrnn.Recurrence`
+    head: Literal["step", "last", "tokens"] = "step"  # what is taught: each step's class, the last step's, or the token after each step
+    filters: int = 0  # maps of a convolution over neighbouring joints (channels) as first layer; 0: none
+    kernel: int = 3  # joints (channels) that each of them looks at
     dropout: float = 0.1  # after each layer
     input_dropout: float = 0.0
     bottleneck_dropout: float = 0.1  # inside each dense layer
@@ -45,7 +49,13 @@ class ModelConfig:
             (self.activation in get_args(Activation), f"activation must be one of {', '.join(get_args(Activation))}, got {self.activation!r}"),
             (self.horizon >= 0, f"horizon must not be negative, got {self.horizon}"),
             (self.average >= 0, f"average must not be negative, got {self.average}"),
-            (self.memory in ("every", "last"), f"memory must be every or last, got {self.memory!r}"),
+            (self.bound in ("clamp", "penalty"), f"bound must be clamp or penalty, got {self.bound!r}"),
+            (self.memory in ("every", "last", "ones", "normal"), f"memory must be every, last, ones or normal, got {self.memory!r}"),
+            (self.head in ("step", "last", "tokens"), f"head must be step, last or tokens, got {self.head!r} (the mean over time is model.average)"),
+            (self.filters >= 0, f"filters must not be negative, got {self.filters}"),
+            (self.kernel >= 1 and self.kernel % 2 == 1, f"kernel must be odd: as many joints on either side, got {self.kernel}"),
+            (self.head != "tokens" or not self.filters, "filters: a token has no neighbours in its frame to convolve over"),
+            (self.head != "tokens" or not self.missing, "missing: a token cannot be absent"),
             (all(0 <= rate < 1 for rate in self._dropouts), "dropout rates must be in [0, 1)"),
             (self.view in ("camera", "body"), f"view must be camera or body, got {self.view!r}"),
             (self.motion or self.positions, "motion and positions cannot both be off: nothing would be left"),
@@ -61,7 +71,9 @@ class ModelConfig:
             (self.norm != "before", 'norm = "before" stands between the linear map and the recurrence, which are one in {}: take "after" or "none"'),
             (self.horizon == 0, "horizon bounds u, and {} has none: set horizon = 0"),
             (self.memory == "every", "memory initialises u, and {} has none"),
+            (self.bound == "clamp", "bound is that of u, and {} has none"),
             (self.activation == "relu", "activation is that of an IndRNN; {} has its own"),
+            (self.filters == 0, "filters make an IndRNN layer in front; {} would be no baseline any more"),
         ):
             if not holds:
                 raise ValueError(f"model: {message.format(self.kind)}")

@@ -48,6 +48,7 @@ class ChannelFeatures(nn.Module):
         self.last_seen = LastSeen(channels, 1, missing)
         self.state_width = self.last_seen.state_width
         self.width = channels * (positions + motion + missing)
+        self.blocks = [(channels, 1)] * (positions + motion + missing)  # of what the features are made: (points, numbers of each)
         self.standardise = Standardise(self.width)
 
     def forward(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,6 +85,8 @@ class SkeletonFeatures(nn.Module):
         self.last_seen = LastSeen(joints, 3, missing)
         self.state_width = self.last_seen.state_width
         self.width = joints * (3 * positions + 3 * motion + missing) + 2 * (view == "body") * motion
+        turning = [(1, 2)] * (view == "body" and motion)
+        self.blocks = [(joints, 3)] * (positions + motion) + turning + [(joints, 1)] * missing  # of what the features are made: (points, numbers of each)
         self.standardise = Standardise(self.width)
 
     def forward(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.recurrence import Activation, recur
 
-Memory = Literal["every", "last"]
+Memory = Literal["every", "last", "ones", "normal"]
+Map = TypeVar("Map", nn.Linear, nn.Conv1d)
+PENALTY = 100.0  # weight of the squares by which |u| is above its bound: an excess of 0.01 costs as much as 0.01 of loss
 
 
 def recurrent_bound(horizon: int, remainder: float = 0.01) -> float:
@@ -26,19 +28,25 @@ def recurrent_bound(horizon: int, remainder: float = 0.01) -> float:
 class Recurrence(nn.Module):
     """The recurrence alone, h[t] = activation(z[t] + u * h[t-1]), with its own vector u of `units` weights in [-bound, bound].
 
-    `memory="every"` draws u from Uniform(0, bound), so that units keep memories of all lengths; "last", for a layer of whose
-    outputs only the last is used, draws from Uniform(remainder^(2/horizon), bound), long memories only (after paper 2, section III).
+    `memory` says how u starts (after paper 2, section III):
+    "every", for a score at every step: Uniform(0, bound), so that units keep memories of all lengths;
+    "last", for a layer of whose outputs only the last is used: Uniform(remainder^(2/horizon), bound), long memories only;
+    "ones", for the same: all at the bound, the longest memory there is;
+    "normal", for language models: Normal(0.4, 0.2), inside the bound.
+
+    With `penalised` u may leave its bound, at a price: see `penalty`.
     """
 
-    def __init__(self, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32, activation: Activation = "relu") -> None:
+    def __init__(
+        self, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32, activation: Activation = "relu", *, penalised: bool = False
+    ) -> None:
         super().__init__()
-        self.units, self.bound, self.activation = units, bound, activation
-        low = min(recurrent_bound(max(1, horizon // 2)), bound) if memory == "last" else 0.0
-        self.u = nn.Parameter(torch.empty(units).uniform_(low, bound))
+        self.units, self.bound, self.activation, self.penalised = units, bound, activation, penalised
+        self.u = nn.Parameter(_start(units, bound, memory, horizon))
 
     @classmethod
     def of(cls, config: ModelConfig, units: int, *, last: bool = False) -> Recurrence:
-        """As the configuration has it; `last` marks the last recurrence of a stack, which `memory` is about."""
+        """As the configuration has it; `last` marks the last recurrence of a stack, to which "last" and "ones" apply."""
         return cls(units, **_options(config, last))
 
     def forward(self, z: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,8 +56,14 @@ class Recurrence(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Puts u back into [-bound, bound]; called after every optimiser step."""
-        self.u.clamp_(-self.bound, self.bound)
+        """Puts u back into [-bound, bound], unless it is penalised; called after every optimiser step."""
+        if not self.penalised:
+            self.u.clamp_(-self.bound, self.bound)
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss for u outside its bound: a scalar; zero inside, and where u is clamped."""
+        excess = torch.relu(self.u.abs() - self.bound) if self.penalised else self.u.new_zeros(1)
+        return PENALTY * excess.square().sum()
 
 
 class ScoreAverage(nn.Module):
@@ -74,12 +88,12 @@ class ScoreAverage(nn.Module):
 
 
 class IndRNN(nn.Module):
-    """Linear map and recurrence: (T, B, inputs) -> (T, B, units). Weights: Kaiming; see `Recurrence` for the rest."""
+    """Linear map and recurrence: (T, B, inputs) -> (T, B, units). Weights: Kaiming; `options` are those of `Recurrence`."""
 
-    def __init__(self, inputs: int, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32, activation: Activation = "relu") -> None:
+    def __init__(self, inputs: int, units: int, bound: float = 1.0, memory: Memory = "every", horizon: int = 32, **options: Any) -> None:
         super().__init__()
-        self.linear = kaiming(nn.Linear(inputs, units), activation)
-        self.recurrence = Recurrence(units, bound, memory, horizon, activation)
+        self.linear = kaiming(nn.Linear(inputs, units), options.get("activation", "relu"))
+        self.recurrence = Recurrence(units, bound, memory, horizon, **options)
 
     @classmethod
     def of(cls, config: ModelConfig, inputs: int, units: int, *, last: bool = False) -> IndRNN:
@@ -90,14 +104,29 @@ class IndRNN(nn.Module):
         return self.recurrence(self.linear(x), h, mask)  # type: ignore[no-any-return]
 
 
+def kaiming(layer: Map, activation: Activation = "relu") -> Map:
+    """Fresh weights that keep the size of what passes through (He et al., 2015), biases zero; returns the layer itself."""
+    assert layer.bias is not None
+    nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear" if activation == "identity" else activation)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def _options(config: ModelConfig, last: bool) -> dict[str, Any]:
     """What `Recurrence` takes beside its units."""
-    bound = recurrent_bound(config.horizon) if config.horizon else 1.0
-    return {"bound": bound, "memory": config.memory if last else "every", "horizon": config.horizon or 32, "activation": config.activation}
+    return {
+        "bound": recurrent_bound(config.horizon) if config.horizon else 1.0,
+        "memory": config.memory if last or config.memory == "normal" else "every",
+        "horizon": config.horizon or 32,
+        "activation": config.activation,
+        "penalised": config.bound == "penalty",
+    }
 
 
-def kaiming(linear: nn.Linear, activation: Activation = "relu") -> nn.Linear:
-    """Fresh weights that keep the size of what passes through (He et al., 2015), biases zero; returns the layer itself."""
-    nn.init.kaiming_uniform_(linear.weight, nonlinearity="linear" if activation == "identity" else activation)
-    nn.init.zeros_(linear.bias)
-    return linear
+def _start(units: int, bound: float, memory: Memory, horizon: int) -> Tensor:
+    """Fresh u."""
+    u = torch.empty(units)
+    if memory == "normal":
+        return u.normal_(0.4, 0.2).clamp_(-bound, bound)
+    low = {"every": 0.0, "last": min(recurrent_bound(max(1, horizon // 2)), bound), "ones": bound}[memory]
+    return u.uniform_(low, bound)

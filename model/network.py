@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from model import skeletons
 from model.backbones import backbone
 from model.config import ModelConfig
+from model.contract import Architecture
+from model.convolution import PointConvolution
 from model.features import ChannelFeatures, SkeletonFeatures
 from model.indrnn import Recurrence, ScoreAverage
 from model.layers import SequenceDropout, step_mask
+from model.tokens import TokenFeatures
 
 
 class Network(nn.Module):
     """frames (B, T, *frame_shape), lengths (B,), state (B, state_width) -> logits (B, T, classes), next state.
 
     Batch first, as in the contract; time-major inside. The state row holds the features' part, then one part per layer.
+    With `head="tokens"` frames are ids, of shape (1,), and the classes are the vocabulary. Raises `ValueError` when frames, layout and
+    configuration do not go together.
     """
 
     def __init__(self, config: ModelConfig, frame_shape: tuple[int, ...], classes: int, layout: str | None = None) -> None:
         super().__init__()
         self.config, self.frame_shape, self.classes, self.layout = config, frame_shape, classes, layout
-        self.features = _features(config, frame_shape, layout)
+        self.features = _features(config, frame_shape, classes, layout)
         self.input_dropout = SequenceDropout(config.input_dropout)
-        self.backbone = backbone(self.features.width, config)
+        self.convolution = None if isinstance(self.features, TokenFeatures) or not config.filters else PointConvolution(self.features.blocks, config)
+        self.backbone = backbone(self.convolution.width if self.convolution else self.features.width, config)
         self.head = nn.Linear(self.backbone.width, classes)
         self.average = ScoreAverage(classes, config.average) if config.average else None
-        self.state_widths = [self.features.state_width, *self.backbone.state_widths, *([self.average.state_width] if self.average else [])]
+        self.layer_widths = [*(self.convolution.state_widths if self.convolution else []), *self.backbone.state_widths]  # state of each recurrent layer
+        self.state_widths = [self.features.state_width, *self.layer_widths, *([self.average.state_width] if self.average else [])]
 
     @property
     def state_width(self) -> int:
@@ -55,34 +64,75 @@ class Network(nn.Module):
         """Time-major: logits of each step (T, B, classes), averaged probabilities if any, next state."""
         x = frames.transpose(0, 1)
         mask = step_mask(lengths, x.shape[0])
-        layers = len(self.backbone.state_widths)
         parts = torch.split(state, self.state_widths, dim=1)
+        states = list(parts[1 : 1 + len(self.layer_widths)])
         x, features_end = self.features(x, lengths, parts[0])
-        x, ends = self.backbone(self.input_dropout(x), list(parts[1 : layers + 1]), mask)
+        x, ends = self.input_dropout(x), []
+        if self.convolution is not None:
+            x, ends = self.convolution(x, states[:1], mask)
+        x, backbone_ends = self.backbone(x, states[len(ends) :], mask)
+        ends = [features_end, *ends, *backbone_ends]
         logits = self.head(x)
         if self.average is None:
-            return logits, None, torch.cat([features_end, *ends], dim=1)
+            return logits, None, torch.cat(ends, dim=1)
         averaged, average_end = self.average(logits, parts[-1], mask)
-        return logits, averaged, torch.cat([features_end, *ends, average_end], dim=1)
+        return logits, averaged, torch.cat([*ends, average_end], dim=1)
 
     def clamp_recurrent_(self) -> None:
-        """Puts every recurrent weight back inside its bound; after each optimiser step."""
-        for module in self.modules():
-            if isinstance(module, Recurrence):
-                module.clamp_()
+        """Puts every recurrent weight back inside its bound; after each optimiser step. Does nothing where the bound is kept by `penalty`."""
+        for recurrence in self._recurrences():
+            recurrence.clamp_()
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss for recurrent weights outside their bound, a scalar: zero unless `bound = "penalty"`."""
+        return sum((recurrence.penalty() for recurrence in self._recurrences()), self.head.weight.new_zeros(()))
+
+    def horizon(self) -> int:
+        """Frames after which no more than a hundredth of any unit's state is left; 0: nothing bounds it.
+
+        The configured one where u is clamped to it; what the weights came to where it was kept by a penalty.
+        """
+        if self.config.bound == "clamp":
+            return self.config.horizon
+        largest = max(float(recurrence.u.detach().abs().max()) for recurrence in self._recurrences())
+        return 0 if largest >= 1 else max(1, math.ceil(math.log(0.01) / math.log(max(largest, 1e-9))))
+
+    def architecture(self) -> Architecture:
+        """What the network is, for the manifest. A dense stack counts all its recurrent layers; its units are those of the widest."""
+        config = self.config
+        dense = config.kind == "dense"
+        words = (config.kind, config.activation if config.activation != "relu" else "", "convolution" if self.convolution else "")
+        return Architecture(
+            kind=", ".join(word for word in words if word),
+            layers=len(self.layer_widths) if dense else config.layers + bool(self.convolution),
+            units=max(self.layer_widths) if dense else config.units,
+            parameters=sum(p.numel() for p in self.parameters()),
+        )
+
+    def _recurrences(self) -> list[Recurrence]:
+        return [module for module in self.modules() if isinstance(module, Recurrence)]
 
     @torch.no_grad()
     def fit_features(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        """Measures mean and deviation of the features on training batches (frames, lengths), before training starts."""
+        """Measures mean and deviation of the features on training batches (frames, lengths), before training starts.
+
+        Tokens have neither, but an id that is not in the vocabulary is found here.
+        """
         rows = []
         for frames, lengths in batches:
             features, _ = self.features(frames.transpose(0, 1), lengths, frames.new_zeros(len(frames), self.features.state_width))
             rows.append(features[step_mask(lengths, frames.shape[1])])
+        if isinstance(self.features, TokenFeatures):
+            return
         values = torch.cat(rows)
         self.features.standardise.fit(values.mean(0), values.std(0, unbiased=False))
 
 
-def _features(config: ModelConfig, frame_shape: tuple[int, ...], layout: str | None) -> ChannelFeatures | SkeletonFeatures:
+def _features(config: ModelConfig, frame_shape: tuple[int, ...], classes: int, layout: str | None) -> ChannelFeatures | SkeletonFeatures | TokenFeatures:
+    if config.head == "tokens":
+        if frame_shape != (1,) or layout is not None:
+            raise ValueError(f"tokens are frames of shape (1,) without a layout, got {frame_shape}" + (f", layout {layout}" if layout else ""))
+        return TokenFeatures(classes, config.units)
     if layout is None:
         if len(frame_shape) != 1:
             raise ValueError(f"frames of shape {frame_shape} without a layout: expected (channels,); name the skeleton's layout")

@@ -18,9 +18,10 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 from torch import Tensor, nn
 
-from model import baselines
 from model.backbones import Plain
+from model.baselines import FUNCTIONS, Baseline, BaselineLayer
 from model.contract import INPUTS, OUTPUTS
+from model.dense import DenseCell
 from model.indrnn import IndRNN
 from model.layers import SequenceNorm
 from model.network import Network
@@ -66,21 +67,38 @@ def to_onnx(network: Network) -> ModelProto:
 def fold(network: Network) -> Network:
     """A copy in which each normalisation whose neighbour is linear on all paths has gone into that neighbour's weights.
 
-    That is the case in plain stacks: a norm before the recurrence follows a Linear, one after it precedes the next Linear or the head.
+    That is so in plain stacks and in the baselines, where a norm before the recurrence follows a Linear and one after it precedes the next
+    linear map or the head; and in dense stacks for norms before the recurrence.
     """
     network = copy.deepcopy(network).eval()
-    if not isinstance(network.backbone, Plain):
-        return network
-    cells = [cell for cell in network.backbone.cells if isinstance(cell, IndRNN)]
-    linears = [*(cell.linear for cell in cells), network.head]
-    for i, (before, after) in enumerate(zip(network.backbone.before, network.backbone.after, strict=True)):
+    for module in network.modules():
+        if isinstance(module, Plain):
+            _fold_plain(module, network.head)
+        elif isinstance(module, Baseline):
+            _fold_baseline(module, network.head)
+        elif isinstance(module, DenseCell) and isinstance(module.before, SequenceNorm):
+            _scale_outputs(module.indrnn.linear, *module.before.affine())
+            module.before = nn.Identity()
+    return network
+
+
+def _fold_plain(stack: Plain, head: nn.Linear) -> None:
+    linears = [*(cell.linear for cell in stack.cells if isinstance(cell, IndRNN)), head]
+    for i, (before, after) in enumerate(zip(stack.before, stack.after, strict=True)):
         if isinstance(before, SequenceNorm):
             _scale_outputs(linears[i], *before.affine())
-            network.backbone.before[i] = nn.Identity()
+            stack.before[i] = nn.Identity()
         if isinstance(after, SequenceNorm):
-            _scale_inputs(linears[i + 1], *after.affine())
-            network.backbone.after[i] = nn.Identity()
-    return network
+            _scale_inputs(linears[i + 1].weight, linears[i + 1].bias, *after.affine())
+            stack.after[i] = nn.Identity()
+
+
+def _fold_baseline(stack: Baseline, head: nn.Linear) -> None:
+    maps = [*(layer.weights("ih") for layer in stack.layers if isinstance(layer, BaselineLayer)), (head.weight, head.bias)]
+    for i, after in enumerate(stack.after):
+        if isinstance(after, SequenceNorm):
+            _scale_inputs(*maps[i + 1], *after.affine())
+            stack.after[i] = nn.Identity()
 
 
 @torch.no_grad()
@@ -90,9 +108,9 @@ def _scale_outputs(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
 
 
 @torch.no_grad()
-def _scale_inputs(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
-    linear.bias.add_(linear.weight @ shift)
-    linear.weight.mul_(scale[None, :])
+def _scale_inputs(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> None:
+    bias.add_(weight @ shift)
+    weight.mul_(scale[None, :])
 
 
 def _functions() -> dict[str, Callable[[], onnx.FunctionProto]]:
@@ -100,7 +118,7 @@ def _functions() -> dict[str, Callable[[], onnx.FunctionProto]]:
     activations = {"relu": "Relu", "tanh": "Tanh", "identity": "Identity"}
     recurrences = {name: functools.partial(_recurrence, name, activations[activation]) for activation, name in RECURRENCES.items()}
     cells = {"rnn": _rnn("Tanh"), "irnn": _rnn("Relu"), "gru": _gru(), "lstm": _lstm()}
-    return {**recurrences, HOLD: _hold, **{name: functools.partial(_baseline, name, cells[kind]) for kind, name in baselines.FUNCTIONS.items()}}
+    return {**recurrences, HOLD: _hold, **{name: functools.partial(_baseline, name, cells[kind]) for kind, name in FUNCTIONS.items()}}
 
 
 def _recurrence(name: str, activation: str) -> onnx.FunctionProto:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from model import skeletons
-from model.contract import CONTRACT_VERSION, MODEL_FILE, Architecture, Manifest, Metrics
+from model.contract import CONTRACT_VERSION, MODEL_FILE, Manifest, Metrics, Task
 from training.checkpoint import Checkpoint
 from training.datasets.clips import ClipSet
 from training.export import to_onnx
@@ -39,12 +39,13 @@ def publish(
     say("a stream that does not end")
     verified = check_endless(runner, chosen.frames, watch)
     say("accuracy along streams")
-    stream = measure_stream(runner, clips, config.model.horizon, verified)
+    task: Task = "tokens" if config.model.head == "tokens" else "classification"
+    stream = measure_stream(runner, clips, network.horizon(), verified, task)
     joints = skeletons.layout(subject.layout).joints if subject.layout else ()
     manifest = Manifest(
         contract=CONTRACT_VERSION,
         model=config.name,
-        task="classification",
+        task=task,
         frame_shape=subject.frame_shape,
         units=subject.units,
         layout=subject.layout,
@@ -56,9 +57,7 @@ def publish(
         state_width=runner.state_width,
         chunk=config.export.chunk,
         stream=stream,
-        architecture=Architecture(
-            kind=config.model.kind, layers=config.model.layers, units=config.model.units, parameters=sum(p.numel() for p in network.parameters())
-        ),
+        architecture=network.architecture(),
         data=subject.source,
         metrics=metrics,
         parity=parity,

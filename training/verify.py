@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from onnx import ModelProto
 
-from model.contract import INPUTS, OUTPUTS, Manifest, Parity, SelfTest, StreamReport
+from model.contract import INPUTS, OUTPUTS, Manifest, Parity, SelfTest, StreamReport, Task
 from model.network import Network
 from training.datasets.clips import ClipSet, Frames
 from training.onnx_file import fingerprint, interface, read_manifest
@@ -151,20 +151,23 @@ def check_endless(runner: Runner, clips: Sequence[Frames], watch: Callable[[int,
     if late[worst] > 2 * early[worst] + 1:
         raise VerificationError(
             f"the state grows on a stream: value {worst} of it is {early[worst]:.3g} on average over the first quarter of {STREAM_FRAMES} frames, "
-            f"{late[worst]:.3g} over the last; bound the recurrent weights below one (model.horizon)"
+            f"{late[worst]:.3g} over the last; bound the recurrent weights below one (model.horizon; an IRNN has no such bound)"
         )
     return STREAM_FRAMES
 
 
-def measure_stream(runner: Runner, clips: ClipSet, horizon: int, verified_frames: int) -> StreamReport:
-    """Accuracy along 200 streams of 20 clips end to end, never reset: at the first position and at the last five."""
+def measure_stream(runner: Runner, clips: ClipSet, horizon: int, verified_frames: int, task: Task = "classification") -> StreamReport:
+    """Accuracy along 200 streams of 20 clips end to end, never reset: at the first position and at the last five.
+
+    Of a clip its label is to be found at the last frame; of tokens, each next one inside the clip.
+    """
     rng = np.random.default_rng(2)
     picks = rng.integers(0, len(clips), (STREAMS, ACTIONS))
-    state, right = runner.zeros(STREAMS), np.zeros((STREAMS, ACTIONS), bool)
+    state, right = runner.zeros(STREAMS), np.zeros((STREAMS, ACTIONS))
     for position in range(ACTIONS):
         chosen = picks[:, position]
         lengths = np.array([len(clips.frames[i]) for i in chosen])
-        last = np.zeros((STREAMS, len(clips.classes)), np.float32)
+        last, hits = np.zeros((STREAMS, len(clips.classes)), np.float32), np.zeros(STREAMS)
         for start in range(0, lengths.max(), 64):
             size = min(64, lengths.max() - start)
             frames = np.zeros((STREAMS, size, *runner.frame_shape), np.float32)
@@ -175,7 +178,11 @@ def measure_stream(runner: Runner, clips: ClipSet, horizon: int, verified_frames
             scores, state = runner(frames, counts, state)
             ended = (counts > 0) & (lengths <= start + size)
             last[ended] = scores[ended, counts[ended] - 1]
-        right[:, position] = last.argmax(1) == clips.labels[chosen]
+            if task == "tokens":
+                for row, i in enumerate(chosen):
+                    following = clips.frames[i][start + 1 : start + 1 + size, 0]
+                    hits[row] += (scores[row, : len(following)].argmax(-1) == following).sum()
+        right[:, position] = hits / np.maximum(lengths - 1, 1) if task == "tokens" else last.argmax(1) == clips.labels[chosen]
     late = right[:, -5:].mean(1)
     spread = (late - right[:, 0]).std(ddof=1) / np.sqrt(STREAMS)
     return StreamReport(

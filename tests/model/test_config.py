@@ -34,6 +34,12 @@ def test_cannot_be_changed() -> None:
         ({"norm": "both"}, "norm"),
         ({"horizon": -1}, "horizon"),
         ({"memory": "none"}, "memory"),
+        ({"bound": "wall"}, "bound"),
+        ({"head": "mean"}, r"head must be step, last or tokens, got 'mean' \(the mean over time is model.average\)"),
+        ({"filters": -1}, "filters"),
+        ({"kernel": 4}, "kernel must be odd"),
+        ({"head": "tokens", "filters": 2}, "filters: a token has no neighbours"),
+        ({"head": "tokens", "missing": True}, "missing: a token cannot be absent"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": float("nan")}, "dropout"),
         ({"input_dropout": -0.1}, "dropout"),
@@ -58,6 +64,8 @@ def test_plain_stacks_may_have_any_number_of_layers() -> None:
         ({"horizon": 30}, "horizon bounds u"),
         ({"memory": "last"}, "memory initialises u"),
         ({"activation": "tanh"}, "activation is that of an IndRNN"),
+        ({"bound": "penalty"}, "bound is that of u"),
+        ({"filters": 2}, "filters make an IndRNN layer"),
     ],
 )
 def test_a_baseline_refuses_what_only_an_indrnn_has(kind: Any, changes: dict[str, Any], named: str) -> None:

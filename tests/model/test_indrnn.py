@@ -1,6 +1,8 @@
 """The layer: initialisations, bound, chunks."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,17 @@ def test_initialisation_for_a_score_at_the_end_has_long_memories_only() -> None:
     assert u.mean().item() == pytest.approx((low + 1) / 2, abs=0.01)
 
 
+def test_initialisation_with_the_longest_memory_there_is() -> None:
+    assert Recurrence(9, bound=0.9, memory="ones").u.tolist() == pytest.approx([0.9] * 9)
+
+
+def test_initialisation_for_language_models() -> None:
+    u = Recurrence(20_000, memory="normal").u
+    assert u.mean().item() == pytest.approx(0.4, abs=0.01)
+    assert u.std().item() == pytest.approx(0.2, abs=0.01)
+    assert Recurrence(20_000, bound=0.5, memory="normal").u.abs().max().item() == 0.5
+
+
 def test_averaged_scores_are_the_mean_while_nothing_has_faded() -> None:
     logits = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
     average = ScoreAverage(3, frames=10**7)
@@ -92,6 +105,21 @@ def test_weights_start_as_kaiming_has_it() -> None:
     limit = math.sqrt(6 / 300)
     assert layer.linear.weight.abs().max().item() == pytest.approx(limit, rel=0.01)
     assert not layer.linear.bias.any()
+
+
+def test_weights_keep_the_size_of_what_passes_through_other_activations() -> None:
+    assert IndRNN(300, 400, activation="identity").linear.weight.abs().max().item() == pytest.approx(math.sqrt(3 / 300), rel=0.01)
+    assert IndRNN(300, 400, activation="tanh").linear.weight.abs().max().item() == pytest.approx(5 / 3 * math.sqrt(3 / 300), rel=0.01)
+
+
+@pytest.mark.parametrize(("activation", "act"), [("tanh", torch.tanh), ("identity", lambda x: x)])
+def test_other_activations(activation: Any, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    recurrence, z, h = Recurrence(5, activation=activation), torch.randn(6, 2, 5), torch.randn(2, 5)
+    y, _ = recurrence(z, h, torch.ones(6, 2, dtype=torch.bool))
+    for t in range(6):
+        h = act(z[t] + recurrence.u * h)
+        torch.testing.assert_close(y[t], h)
 
 
 def test_clamp_puts_u_back_on_both_sides() -> None:

@@ -20,6 +20,10 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...], str | None]] = {
     "averaged": ({"kind": "plain", "layers": 2, "average": 12, "horizon": 20}, (4,), None),
     "skeleton": ({"kind": "residual", "layers": 2, "horizon": 50}, (13, 3), "body-13"),
     "body, missing": ({"kind": "residual", "layers": 2, "view": "body", "missing": True}, (13, 3), "body-13"),
+    "convolved": ({"kind": "plain", "layers": 1, "filters": 2, "view": "body", "missing": True}, (13, 3), "body-13"),
+    "dense": ({"kind": "dense", "blocks": (2, 1), "growth": 3, "filters": 2, "horizon": 20}, (4,), None),
+    "gru": ({"kind": "gru", "layers": 2}, (4,), None),
+    "lstm, averaged": ({"kind": "lstm", "layers": 2, "average": 12}, (4,), None),
 }
 
 
@@ -144,6 +148,74 @@ def test_clamps_every_recurrent_weight() -> None:
     made.clamp_recurrent_()
     assert len(recurrences) == 3
     assert all(bool((r.u == -r.bound).all()) and r.bound < 1 for r in recurrences)
+
+
+def test_penalised_weights_stay_where_training_put_them_at_a_price() -> None:
+    clamped, made = network("skeleton"), network("skeleton", bound="penalty")
+    assert made.penalty() == clamped.penalty() == 0
+    recurrences = [module for module in made.modules() if isinstance(module, Recurrence)]
+    with torch.no_grad():
+        for recurrence in recurrences:
+            recurrence.u.fill_(-recurrence.bound - 0.01)
+    made.clamp_recurrent_()
+    assert all(bool((r.u < -r.bound).all()) for r in recurrences)
+    penalty = made.penalty()
+    assert penalty.item() == pytest.approx(3 * 8 * 100 * 0.01**2, rel=1e-3)
+    penalty.backward()
+    assert all(r.u.grad is not None and bool((r.u.grad < 0).all()) for r in recurrences)  # a step against it leads back
+
+
+def test_a_penalty_alone_brings_the_weights_back_to_their_bound() -> None:
+    made = network("skeleton", bound="penalty")
+    recurrences = [module for module in made.modules() if isinstance(module, Recurrence)]
+    with torch.no_grad():
+        for recurrence in recurrences:
+            recurrence.u.add_(0.5)
+    optimizer = torch.optim.Adam([r.u for r in recurrences], lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        made.penalty().backward()
+        optimizer.step()
+    assert all(bool((r.u.abs() < r.bound + 0.01).all()) for r in recurrences)
+
+
+def test_horizon_is_what_the_weights_came_to_where_nothing_clamps_them() -> None:
+    assert network("skeleton").horizon() == 50
+    made = network("skeleton", bound="penalty")
+    recurrences = [module for module in made.modules() if isinstance(module, Recurrence)]
+    with torch.no_grad():
+        for recurrence in recurrences:
+            recurrence.u.fill_(0.5)
+        recurrences[1].u[3] = -0.97
+    horizon = made.horizon()
+    assert 0.97**horizon <= 0.01 < 0.97 ** (horizon - 1)
+    with torch.no_grad():
+        recurrences[2].u[0] = 1.0
+    assert made.horizon() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("channels", ("plain", 2, 8)),
+        ("skeleton", ("residual", 2, 8)),
+        ("convolved", ("plain, convolution", 2, 8)),
+        ("dense", ("dense, convolution", 10, 18)),
+        ("gru", ("gru", 2, 8)),
+    ],
+)
+def test_architecture_says_what_the_network_is(kind: str, said: tuple[str, int, int]) -> None:
+    made = network(kind)
+    architecture = made.architecture()
+    assert (architecture.kind, architecture.layers, architecture.units) == said
+    assert architecture.parameters == sum(p.numel() for p in made.parameters())
+    assert network("channels", activation="tanh").architecture().kind == "plain, tanh"
+
+
+def test_features_say_of_which_blocks_they_are_made() -> None:
+    for kind in KINDS:
+        features = network(kind).features
+        assert sum(points * numbers for points, numbers in features.blocks) == features.width
 
 
 def test_features_are_fitted_on_real_steps_alone() -> None:

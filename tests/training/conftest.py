@@ -11,6 +11,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.layers import SequenceNorm
 from model.network import Network
+from model.tokens import TokenFeatures
 from training.export import to_onnx
 
 # Every kind of stack, view and gap somewhere: what is exported once is looked at from all sides.
@@ -30,8 +31,9 @@ def lived_in(config: ModelConfig, shape: tuple[int, ...], layout: str | None = N
             nn.init.uniform_(module.running_var, 0.3, 2)
             nn.init.uniform_(module.weight, -1, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
-    standardise = network.features.standardise
-    standardise.fit(torch.randn_like(standardise.mean) * 0.1, torch.rand_like(standardise.mean) + 0.3)
+    if not isinstance(network.features, TokenFeatures):
+        standardise = network.features.standardise
+        standardise.fit(torch.randn_like(standardise.mean) * 0.1, torch.rand_like(standardise.mean) + 0.3)
     return network.eval()
 
 

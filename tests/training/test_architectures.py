@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx.inliner
 import pytest
 import torch
@@ -14,29 +15,32 @@ from model.recurrence import ONNX_DOMAIN
 from tests.training.conftest import lived_in
 from tests.training.synthetic import clip_set
 from training import verify
+from training.datasets.clips import Frames
 from training.export import to_onnx
 from training.verify import Runner, check_endless, check_file, check_neighbours, check_parity
 
-DENSE = {"kind": "dense", "blocks": (2, 1), "growth": 2, "horizon": 20}
-# Settings beside two layers of 8 units, and the local functions that the file must have. Plain and residual stacks with ReLU: test_export.py.
+Lengths = npt.NDArray[np.int64]
+DENSE = {"kind": "dense", "blocks": (1, 1), "growth": 2, "horizon": 20}
+# Settings beside 8 units and one layer, and the local functions that the file must have. Plain and residual stacks with ReLU: test_export.py.
 ARCHITECTURES: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "plain, tanh": ({"kind": "plain", "activation": "tanh", "horizon": 20}, {"RecurrenceTanh"}),
-    "plain, identity": ({"kind": "plain", "activation": "identity", "horizon": 20}, {"RecurrenceIdentity"}),
-    "residual, tanh": ({"kind": "residual", "activation": "tanh", "horizon": 20}, {"RecurrenceTanh"}),
-    "residual, identity, averaged": ({"kind": "residual", "activation": "identity", "horizon": 20, "average": 5}, {"RecurrenceIdentity", "Recurrence"}),
+    "plain, tanh, convolution": ({"activation": "tanh", "filters": 2, "missing": True}, {"RecurrenceTanh", "Hold"}),
+    "plain, identity": ({"activation": "identity"}, {"RecurrenceIdentity"}),
+    "plain, tokens": ({"head": "tokens", "memory": "normal", "bound": "penalty"}, {"Recurrence"}),
+    "residual, tanh": ({"kind": "residual", "layers": 2, "activation": "tanh"}, {"RecurrenceTanh"}),
+    "residual, identity, averaged": ({"kind": "residual", "layers": 2, "activation": "identity", "average": 5}, {"RecurrenceIdentity", "Recurrence"}),
     "dense": (DENSE, {"Recurrence"}),
     "dense, tanh, norm before": (DENSE | {"activation": "tanh", "norm": "before"}, {"RecurrenceTanh"}),
     "dense, identity, no norm": (DENSE | {"activation": "identity", "norm": "none"}, {"RecurrenceIdentity"}),
-    "rnn": ({"kind": "rnn"}, {"RNNTanh"}),
-    "irnn": ({"kind": "irnn"}, {"RNNRelu"}),
-    "gru": ({"kind": "gru", "missing": True, "average": 5}, {"GRU", "Hold", "Recurrence"}),
-    "lstm": ({"kind": "lstm", "norm": "none"}, {"LSTM"}),
+    "rnn": ({"kind": "rnn", "horizon": 0}, {"RNNTanh"}),
+    "irnn": ({"kind": "irnn", "horizon": 0}, {"RNNRelu"}),
+    "gru": ({"kind": "gru", "horizon": 0, "layers": 2, "missing": True, "average": 5}, {"GRU", "Hold", "Recurrence"}),
+    "lstm": ({"kind": "lstm", "horizon": 0, "norm": "none"}, {"LSTM"}),
 }
-CLIPS = clip_set(12, shortest=1).frames
 
 
 def network(name: str) -> Network:
-    made = lived_in(ModelConfig(units=8, **({"layers": 2} | ARCHITECTURES[name][0])), (2,))
+    settings = {"kind": "plain", "layers": 1, "units": 8, "horizon": 20} | ARCHITECTURES[name][0]
+    made = lived_in(ModelConfig(**settings), (1,) if "head" in settings else (2,))
     with torch.no_grad():
         for layer in made.modules():
             if isinstance(layer, BaselineLayer):  # as after training; an IRNN as it starts integrates, which no stream allows
@@ -46,6 +50,13 @@ def network(name: str) -> Network:
     return made
 
 
+def frames_for(made: Network, rng: np.random.Generator, rows: int, steps: int) -> Frames:
+    """(rows, steps, *frame shape); ids where the network takes tokens."""
+    shape = (rows, steps, *made.frame_shape)
+    frames = rng.integers(0, made.classes, shape) if made.config.head == "tokens" else rng.normal(0, 1, shape)
+    return frames.astype(np.float32)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exports_and_verifies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "STREAM_FRAMES", 4_000)
@@ -53,26 +64,20 @@ def test_exports_and_verifies(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     model = to_onnx(made)
     assert {node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN} == ARCHITECTURES[name][1]
     check_file(model)
-    runner = Runner(model)
+    runner, rng = Runner(model), np.random.default_rng(0)
     assert runner.state_width == made.state_width
-    assert check_parity(runner, CLIPS, made).chunked_abs == 0.0
-    check_neighbours(runner, CLIPS)
-    assert check_endless(runner, CLIPS) == 4_000
-    _ragged_rows_say_what_torch_says(made, runner)
-    _rows_of_no_length_stand_still(runner)
-    _alone_to_the_bit(runner)
-    _inlined_says_the_same(model, runner)
+    clips = [frames_for(made, rng, 1, steps)[0] for steps in rng.integers(1, 25, 12)]
+    assert check_parity(runner, clips, made).chunked_abs == 0.0
+    check_neighbours(runner, clips)
+    assert check_endless(runner, clips) == 4_000
+    batch = frames_for(made, rng, 5, 30), np.array([30, 0, 7, 1, 29]), rng.random((5, runner.state_width), np.float32)  # states that are not zero
+    _ragged_rows_say_what_torch_says(made, runner, *batch)
+    _rows_of_no_length_stand_still(runner, *batch)
+    _alone_to_the_bit(runner, *batch)
+    _inlined_says_the_same(model, runner, *batch)
 
 
-def _batch(runner: Runner, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Rows of all lengths, from states that are not zero."""
-    rng = np.random.default_rng(seed)
-    frames = rng.normal(0, 1, (5, 30, *runner.frame_shape)).astype(np.float32)
-    return frames, np.array([30, 0, 7, 1, 29]), rng.random((5, runner.state_width), np.float32)
-
-
-def _ragged_rows_say_what_torch_says(made: Network, runner: Runner) -> None:
-    frames, lengths, state = _batch(runner)
+def _ragged_rows_say_what_torch_says(made: Network, runner: Runner, frames: Frames, lengths: Lengths, state: Frames) -> None:
     scores, end = runner(frames, lengths, state)
     with torch.no_grad():
         expected, expected_end = made.scores(torch.from_numpy(frames), torch.from_numpy(lengths), torch.from_numpy(state))
@@ -81,9 +86,9 @@ def _ragged_rows_say_what_torch_says(made: Network, runner: Runner) -> None:
     np.testing.assert_allclose(end, expected_end, rtol=1e-3, atol=1e-4)
 
 
-def _rows_of_no_length_stand_still(runner: Runner) -> None:
-    frames, lengths, state = _batch(runner)
+def _rows_of_no_length_stand_still(runner: Runner, frames: Frames, lengths: Lengths, state: Frames) -> None:
     clean, clean_end = runner(frames, lengths, state)
+    frames = frames.copy()
     frames[1], frames[2, 7:] = np.nan, np.inf
     scores, end = runner(frames, lengths, state)
     assert np.array_equal(end, clean_end)
@@ -91,9 +96,8 @@ def _rows_of_no_length_stand_still(runner: Runner) -> None:
     assert np.array_equal(scores[2, :7], clean[2, :7])
 
 
-def _alone_to_the_bit(runner: Runner) -> None:
+def _alone_to_the_bit(runner: Runner, frames: Frames, lengths: Lengths, state: Frames) -> None:
     """Alone, and frame by frame."""
-    frames, lengths, state = _batch(runner, 1)
     scores, end = runner(frames, lengths, state)
     for row, n in enumerate(lengths):
         h = state[row : row + 1]
@@ -103,8 +107,7 @@ def _alone_to_the_bit(runner: Runner) -> None:
         assert np.array_equal(h[0], end[row])
 
 
-def _inlined_says_the_same(model: onnx.ModelProto, runner: Runner) -> None:
-    frames, lengths, state = _batch(runner, 2)
+def _inlined_says_the_same(model: onnx.ModelProto, runner: Runner, frames: Frames, lengths: Lengths, state: Frames) -> None:
     inlined = Runner(onnx.inliner.inline_local_functions(model))
     for ours, theirs in zip(runner(frames, lengths, state), inlined(frames, lengths, state), strict=True):
         np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
@@ -115,4 +118,12 @@ def test_an_irnn_as_it_starts_is_refused_for_streams(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(verify, "STREAM_FRAMES", 4_000)
     made = lived_in(ModelConfig(kind="irnn", units=8, layers=1), (2,))
     with pytest.raises(verify.VerificationError, match="the state grows on a stream"):
-        check_endless(Runner(to_onnx(made)), CLIPS)
+        check_endless(Runner(to_onnx(made)), clip_set(12).frames)
+
+
+def test_a_graph_takes_the_nearest_token_for_an_id_outside_the_vocabulary() -> None:
+    runner = Runner(to_onnx(network("plain, tokens")))
+    rows = np.array([[[0], [2], [1]], [[-7], [3e38], [1.2]], [[np.nan], [2.0], [0.6]], [[-np.inf], [np.inf], [1]]], np.float32)
+    scores, _ = runner(rows, [3] * 4, runner.zeros(4))
+    assert np.array_equal(scores, np.repeat(scores[:1], 4, 0))
+    np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-5)
