@@ -20,7 +20,7 @@ $(error DEVICE is cpu or gpu, not $(DEVICE))
 endif
 
 .DEFAULT_GOAL = help
-.PHONY: help serve dev test test-service lint bench models lock clean
+.PHONY: help serve dev test test-service lint bench bench-training models lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ lint: $(DEV)/.installed ## ruff and mypy
 
 bench: $(TEST_SERVICE)/.installed ## frames a second and latencies of the service, beside its limits (ARGS=--quick)
 	@$(TEST_SERVICE)/bin/python -m tests.bench $(ARGS)
+
+bench-training: $(DEV)/.installed ## the recurrent layer beside its matrix product, torch's RNN, GRU and LSTM; minutes (ARGS=--quick)
+	@$(DEV)/bin/python -m tests.bench.training $(ARGS)
 
 models: $(DEV)/.installed ## train and export the shipped models again: UI_PRMD=ui-prmd-kinect-xyz.npz FINGER_POINTS=point_history.csv.gz
 	@test -n "$(UI_PRMD)" && test -n "$(FINGER_POINTS)" || { echo "say where the data lies: make models UI_PRMD=.../ui-prmd-kinect-xyz.npz FINGER_POINTS=.../point_history.csv.gz"; exit 2; }

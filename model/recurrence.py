@@ -32,7 +32,7 @@ Activation = Literal["relu", "tanh", "identity"]
 ONNX_DOMAIN = "indrnn"
 # Local functions in the exported file.
 RECURRENCES: dict[Activation, str] = {"relu": "Recurrence", "tanh": "RecurrenceTanh", "identity": "RecurrenceIdentity"}
-RECURRENCE, HOLD = RECURRENCES["relu"], "Hold"
+HOLD = "Hold"
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALVES)
@@ -108,7 +108,7 @@ def _compiled(device: str) -> ModuleType | None:
     """The kernels for a kind of device, where what compiles them is installed."""
     if device == "cpu" and importlib.util.find_spec("numba"):
         return importlib.import_module("model.kernels.cpu")
-    if device == "cuda" and importlib.util.find_spec("triton") and importlib.util.find_spec("model.kernels.cuda"):
+    if device == "cuda" and importlib.util.find_spec("triton"):
         return importlib.import_module("model.kernels.cuda")
     return None
 

@@ -105,7 +105,8 @@ def conditions(cores: list[int], **more: Any) -> dict[str, Any]:
 
 def cpu_model() -> str:
     """As lscpu names it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    known = Path("/proc/cpuinfo")
+    for line in known.read_text().splitlines() if known.exists() else []:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or f"unknown, {os.cpu_count()} cores"
