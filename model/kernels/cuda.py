@@ -29,7 +29,9 @@ IN_FLIGHT = 32 << 10  # bytes on their way to one multiprocessor that hide the l
 GROUP = 8  # loads issued together
 MANY = 32 << 7  # threads per multiprocessor beyond which blocks of four warps do: the number of blocks there is limited too
 
-_STEPS = ("T", "zt", "zb", "mt", "mb", "yt", "yb", "gt", "gb", "dt", "db", "hb")  # no new compilation for other lengths or strides
+# One compilation serves all lengths, batches and strides; that units lie side by side is worth knowing.
+_SIZES = ("T", "pairs", "N", "zt", "zb", "mt", "mb", "yt", "yb", "gt", "gb", "dt", "db", "hb")
+_PLACES = ("z", "u", "h", "mask", "y", "gy", "gz", "gu", "gh", "zn", "un", "hn", "yn", "gn", "dn")
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def _pairs(pairs, N, BLOCK: tl.constexpr):
     return i // N, i % N, i < pairs
 
 
-@triton.jit(do_not_specialize=_STEPS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)
 @no_type_check
 def _forward(
     z, u, h, mask, y, T, pairs, N, zt, zb, zn, un, hb, hn, mt, mb, yt, yb, yn,
@@ -94,7 +96,7 @@ def _forward(
         inputs, moves = next_inputs, next_moves
 
 
-@triton.jit(do_not_specialize=_STEPS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PLACES)
 @no_type_check
 def _backward(
     gy, y, u, h, mask, gz, gu, gh, T, pairs, N, gt, gb, gn, yt, yb, yn, un, hb, hn, mt, mb, dt, db, dn,
