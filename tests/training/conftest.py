@@ -22,9 +22,9 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...], str | None]] = {
 }
 
 
-def lived_in(config: ModelConfig, shape: tuple[int, ...], layout: str | None = None, seed: int = 0) -> Network:
+def lived_in(config: ModelConfig, shape: tuple[int, ...], layout: str | None = None, seed: int = 0, classes: int = 3) -> Network:
     torch.manual_seed(seed)
-    network = Network(config, shape, 3, layout)
+    network = Network(config, shape, classes, layout)
     for module in network.modules():
         if isinstance(module, SequenceNorm):
             nn.init.normal_(module.running_mean, 0, 0.3)

@@ -1,5 +1,6 @@
 """Every architecture keeps every promise of the contract: parity, chunks, company, poison, streams that do not end."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.training.synthetic import clip_set
 from training import verify
 from training.datasets.clips import Frames
 from training.export import to_onnx
-from training.verify import Runner, check_endless, check_file, check_neighbours, check_parity
+from training.verify import Runner, check_endless, check_file, check_neighbours, check_parity, measure_stream
 
 Lengths = npt.NDArray[np.int64]
 DENSE = {"kind": "dense", "blocks": (1, 1), "growth": 2, "horizon": 20}
@@ -127,3 +128,20 @@ def test_a_graph_takes_the_nearest_token_for_an_id_outside_the_vocabulary() -> N
     scores, _ = runner(rows, [3] * 4, runner.zeros(4))
     assert np.array_equal(scores, np.repeat(scores[:1], 4, 0))
     np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-5)
+
+
+def test_stream_accuracy_of_tokens_is_that_of_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that says "one more" after each token, on clips that count up (it is always right) and on clips that count down (never)."""
+    monkeypatch.setattr(verify, "STREAMS", 10)
+    made = lived_in(ModelConfig(kind="plain", head="tokens", layers=1, units=5, norm="none"), (1,), classes=5)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.zero_()
+        made.features.get_parameter("embedding.weight").copy_(torch.eye(5))
+        made.backbone.get_parameter("cells.0.linear.weight").copy_(torch.eye(5))
+        made.head.weight.copy_(9 * torch.eye(5).roll(1, 0))
+    runner, up = Runner(to_onnx(made)), [np.arange(start, start + 70) % 5 for start in range(6)]
+    for ids, right in ((up, 1.0), ([clip[::-1] for clip in up], 0.0)):
+        frames = tuple(clip.astype(np.float32)[:, None] for clip in ids)
+        report = measure_stream(runner, replace(clip_set(6), frames=frames, classes=tuple("abcde")), 20, 0, "tokens")
+        assert (report.accuracy_first, report.accuracy_last) == (right, right)
