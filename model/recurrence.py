@@ -93,6 +93,8 @@ def _symbol(name: str, inputs: tuple[Tensor, ...], like: Tensor) -> Tensor:
 
 
 def _check(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> None:
+    if z.dim() != 3:
+        raise ValueError(f"recur: z must be (steps, batch, units), got {tuple(z.shape)}")
     steps, batch, units = z.shape
     if u.shape != (units,) or h.shape != (batch, units) or mask.shape != (steps, batch) or mask.dtype != torch.bool:
         raise ValueError(
@@ -101,6 +103,8 @@ def _check(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> None:
         )
     if z.dtype not in FLOATS or any(x.dtype not in (z.dtype, _wide(z.dtype)) for x in (u, h)):
         raise ValueError(f"recur: z, u and h must have one floating dtype, or z a half type and u, h float32; got {z.dtype}, {u.dtype}, {h.dtype}")
+    if not z.device == u.device == h.device == mask.device:
+        raise ValueError(f"recur: z, u, h and mask must be on one device; got {z.device}, {u.device}, {h.device}, {mask.device}")
 
 
 @functools.cache

@@ -214,6 +214,10 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     z, u, h, mask = case(3, 2, 4)
     with pytest.raises(ValueError, match=r"u \(5,\)"):
         recur(z, torch.rand(5), h, mask)
+    with pytest.raises(ValueError, match=r"\(steps, batch, units\), got \(2, 4\)"):
+        recur(z[0], u, h, mask)
+    with pytest.raises(ValueError, match="one device; got cpu, meta, cpu, cpu"):
+        recur(z, u.to("meta"), h, mask)
     for wrong in ((z, u.double(), h), (z, u.bfloat16(), h), (z.bfloat16(), u.half(), h), (z.double(), u, h), (z.long(), u.long(), h.long())):
         with pytest.raises(ValueError, match="one floating dtype"):
             recur(*wrong, mask)
