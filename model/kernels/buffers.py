@@ -7,6 +7,7 @@ tensor that was made of it is released: by autograd, by views, by whoever held i
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import deque
@@ -64,6 +65,10 @@ class Pool:
         while self._idle and self._used + self.idle > self._peak:
             del self._idle[0]
 
+    def forget_threads(self) -> None:
+        """In a forked child the thread that held the lock at that moment does not exist."""
+        self._lock = threading.Lock()
+
     @property
     def idle(self) -> int:
         """Bytes that are held and not in use."""
@@ -75,4 +80,6 @@ def _rounded(size: int) -> int:
     return -(-size // step) * step
 
 
-empty = Pool().empty
+_pool = Pool()
+empty = _pool.empty
+os.register_at_fork(after_in_child=_pool.forget_threads)

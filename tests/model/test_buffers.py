@@ -1,7 +1,10 @@
 """Buffers come back when nobody holds them, and not before."""
 
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +95,20 @@ def test_graphs_of_large_tensors_keep_what_they_need() -> None:
     for z, gradient in zip(leaves, together, strict=True):
         y = recur(recur(z.double(), u.double(), torch.zeros(8, 64).double(), mask), -u.double(), torch.zeros(8, 64).double(), mask)
         torch.testing.assert_close(torch.autograd.grad(y.square().sum(), z)[0], gradient, rtol=1e-4, atol=1e-4)
+
+
+FORKED = """
+import os, signal, sys, torch
+from model.kernels import buffers
+buffers._pool._lock.acquire()  # as another thread of the parent may
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    buffers.empty(torch.Size([1 << 20]), torch.float32)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_does_not_wait_for_threads_of_its_parent() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60, cwd=Path(__file__).parents[2])
