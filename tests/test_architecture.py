@@ -29,7 +29,7 @@ LAYERS = {
         ["datasets.*", "augment", "splits", "samples", "distributed", "schedule"],
         ["batches", "checkpoint"],
         ["evaluate", "export", "verify", "loss", "memory"],
-        ["report", "publish", "preflight"],
+        ["report", "publish", "preflight", "scores"],
         ["loop"],
         ["__main__"],
     ],

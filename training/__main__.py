@@ -1,11 +1,11 @@
-"""`python -m training`: train, evaluate, export, verify."""
+"""`python -m training`: train, crossvalidate, evaluate, export, verify."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,17 +22,22 @@ from torch.utils.tensorboard import SummaryWriter
 from model.contract import ManifestError
 from model.skeletons import UnknownLayout
 from training import checkpoint as checkpoints
+from training import scores
 from training.config import Config, ConfigError, load
 from training.datasets import clip_folder
 from training.datasets.clips import DataError
+from training.distributed import Group, ProcessLost, choose_device, joined
+from training.evaluate import Evaluation
 from training.evaluate import evaluate as run_clips
 from training.loop import METRICS, TrainingDiverged
 from training.loop import Progress as Standing
 from training.loop import train as fit
 from training.onnx_file import read_manifest
+from training.preflight import check
 from training.publish import metrics_of, next_version, publish
-from training.report import draw_confusion, draw_curves, recall_table
+from training.report import draw_confusion, draw_curves, mean_and_deviation, recall_table, runs_table
 from training.samples import write_samples
+from training.scores import ScoresError, average
 from training.splits import Splits, describe, read, split
 from training.splits import load as load_splits
 from training.verify import VerificationError, verify_file
@@ -40,9 +45,12 @@ from training.verify import VerificationError, verify_file
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console(stderr=True)
 PARTS = ("test", "validation", "training")
-EXPECTED = (ConfigError, DataError, UnknownLayout, ManifestError, VerificationError, TrainingDiverged, checkpoints.CheckpointError, OSError)
+DATA_FAULTS = (ConfigError, DataError, UnknownLayout, ManifestError)
+EXPECTED = (*DATA_FAULTS, VerificationError, TrainingDiverged, checkpoints.CheckpointError, ScoresError, ProcessLost, OSError)
 
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the experiment, see training/configs/")]
+Out = Annotated[Path, typer.Option(help="folder that run folders go into")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on after the last checkpoint")]
 Run = Annotated[Path, typer.Argument(help="run folder, as `train` made it")]
 Data = Annotated[str, typer.Option("--data", help="where the data lies (data.path of the configuration)")]
 Override = Annotated[list[str] | None, typer.Option("--set", help="override one value: section.key=value; may be repeated")]
@@ -53,59 +61,71 @@ def train(
     config: ConfigFile,
     overrides: Override = None,
     data: Data = "",
-    out: Annotated[Path, typer.Option(help="folder that run folders go into")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="go on after the last checkpoint of this run")] = False,
+    out: Out = Path("runs"),
+    resume: Resume = False,
+    seeds: Annotated[str, typer.Option(help="several runs one after another: a list, 0,1,2, or how many, 5 (from 0); mean and deviation are shown")] = "",
 ) -> None:
-    """Train a network; leaves checkpoints, metrics, curves and a confusion matrix in OUT/NAME/seed-SEED."""
+    """Train a network; leaves checkpoints, metrics, curves and a confusion matrix in OUT/NAME/seed-SEED. Under torchrun, over all its processes."""
     settings = _with_path(load(config, overrides), data)
-    folder = out / settings.name / (f"seed-{settings.seed}" + ("-final" if settings.final else ""))
-    if resume and not (folder / checkpoints.LAST).exists():
-        raise checkpoints.CheckpointError(f"{folder}: nothing to resume; leave --resume out")
-    if not resume and any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.BEST)):
-        raise FileExistsError(f"{folder} holds a run: go on with --resume, or choose another --out, or delete it")
-    splits = load_splits(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(tomli_w.dumps(settings.to_dict()))
-    _say(f"{settings.name}, seed {settings.seed}: {_sizes(splits)}", describe(settings), f"run folder: {folder}")
-    try:
-        with _watching(folder) as watch:
-            chosen = fit(settings, splits.training, splits.validation, folder, resume=resume, watch=watch)
-    except KeyboardInterrupt:
-        if (folder / checkpoints.LAST).exists():
-            _say(f"stopped; the last whole epoch is kept. Go on with: {_python()} -m training train {config} --resume (and the same options)")
-        else:
-            _say("stopped before the first epoch was done: nothing is kept")
-        raise typer.Exit(130) from None
-    finally:
-        if (folder / METRICS).exists():
-            draw_curves(folder / METRICS, folder / "curves.png")
-    if splits.validation is not None:
-        result = run_clips(checkpoints.load(chosen).network(), splits.validation)
-        draw_confusion(result, splits.validation.classes, folder / "confusion.png")
-        Console().print(recall_table(result, splits.validation.classes, f"{settings.name}, validation"))
-    _say(f"next: {_python()} -m training evaluate {folder}   or   {_python()} -m training export {folder}")
+    runs = [replace(settings, seed=seed) for seed in _seeds(seeds)] or [settings]
+    folders = [out / settings.name / (f"seed-{run.seed}" + ("-final" if run.final else "")) for run in runs]
+    with _joined(settings, folders, resume) as group:
+        splits = load_splits(settings)
+        results = [_fit(run, splits, folder, resume, group) for run, folder in zip(runs, folders, strict=True)]
+    if not group.first:
+        return
+    if len(runs) > 1 and splits.validation is not None:
+        accuracies = {str(folder): result.accuracy for folder, result in zip(folders, results, strict=True) if result}
+        Console().print(runs_table(accuracies, f"{settings.name}, validation"))
+    _say(f"next: {_python()} -m training evaluate {' '.join(map(str, folders))}   or   {_python()} -m training export {folders[0]}")
+
+
+@app.command()
+def crossvalidate(
+    config: ConfigFile,
+    folds: Annotated[int, typer.Option(help="parts of the training data, each held out once")] = 5,
+    by: Annotated[str, typer.Option(help="group that is never divided, e.g. subject; with as many folds as groups each is left out in turn")] = "",
+    overrides: Override = None,
+    data: Data = "",
+    out: Out = Path("runs"),
+    resume: Resume = False,
+) -> None:
+    """Train once for each part of the training data, held out; the test clips are not touched. Runs and table go into OUT/NAME/folds-FOLDS."""
+    parts = ["data.validation={}", "data.validation_share=0.0", f"data.folds={folds}", f'data.fold_by="{by}"', "final=false"]
+    runs = [_with_path(load(config, [*(overrides or []), *parts, f"data.fold={fold}"]), data) for fold in range(max(1, folds))]
+    whole = out / runs[0].name / (f"folds-{folds}" + (f"-by-{by}" if by else ""))
+    folders = [whole / f"fold-{run.data.fold}-seed-{run.seed}" for run in runs]
+    with _joined(runs[0], folders, resume) as group:
+        divided = [load_splits(run) for run in runs]  # all of them first: a part that cannot be is said before anything is trained
+        results = [_fit(run, splits, folder, resume, group) for run, splits, folder in zip(runs, divided, folders, strict=True)]
+    if not group.first:
+        return
+    best = {str(folder): result.accuracy for folder, result in zip(folders, results, strict=True) if result}
+    last = [json.loads((folder / METRICS).read_text().splitlines()[-1])["validation_accuracy"] for folder in folders]
+    mean, deviation = mean_and_deviation(last)
+    value = {"folds": folds, "by": by, "clips": [len(one.named("validation")) for one in divided]}
+    for name, figures in (("best_epoch", list(best.values())), ("last_epoch", last)):
+        value[name] = dict(zip(("mean", "deviation"), mean_and_deviation(figures), strict=True)) | {"accuracy": figures}
+    (whole / "crossvalidation.json").write_text(json.dumps(value, indent=1) + "\n")
+    Console().print(runs_table(best, f"{runs[0].name}, {folds} folds{f' by {by}' if by else ''}, best epoch of each"))
+    _say(f"at the last epoch, which no fold has chosen: {100 * mean:.1f} % on average, deviation {100 * deviation:.1f}; kept in {whole}")
 
 
 @app.command()
 def evaluate(
-    run: Run,
+    runs: Annotated[list[Path], typer.Argument(help="run folders, as `train` made them")],
     part: Annotated[str, typer.Option("--split", help="test or validation")] = "test",
     data: Data = "",
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="also average the scores of all these runs, clip by clip")] = False,
 ) -> None:
-    """Run a trained network over the test clips, once: the result is kept and shown again after that."""
-    found = checkpoints.load(run / checkpoints.BEST)
-    kept = run / f"{part}.json"
-    _say(describe(found.config))
-    if part in PARTS and kept.exists():
-        _say(f"already run; the result was kept in {kept}")
-        Console().print_json(kept.read_text())
+    """Run trained networks over the test clips, once each: results are kept and shown again after that. Of several runs, mean and deviation."""
+    for run in runs:
+        _evaluate(run, part, data, alone=len(runs) == 1)
+    if len(runs) == 1 and not ensemble:
         return
-    clips = load_splits(_with_path(found.config, data)).named(part)
-    result = run_clips(found.network(), clips)
-    draw_confusion(result, clips.classes, run / f"confusion-{part}.png")
-    value = {"split": part, "clips": len(clips), "accuracy": result.accuracy, "frame_accuracy": result.frame_accuracy, "loss": result.loss}
-    kept.write_text(json.dumps(value | {"seed": found.config.seed, "epoch": found.epoch, "chosen": describe(found.config)}, indent=1) + "\n")
-    Console().print(recall_table(result, clips.classes, f"{found.config.name}, {part}, seed {found.config.seed}"))
+    kept = {str(run): json.loads((run / f"{part}.json").read_text()) for run in runs}
+    together = average([scores.load(run / f"{part}.npz") for run in runs]).accuracy if ensemble else None
+    Console().print(runs_table({name: value["accuracy"] for name, value in kept.items()}, part, together))
 
 
 @app.command()
@@ -175,6 +195,82 @@ def samples(
     console.print(f"{len(paths)} recordings in {to}: {', '.join(path.name for path in paths)}")
 
 
+@contextmanager
+def _joined(settings: Config, folders: list[Path], resume: bool) -> Iterator[Group]:
+    """The processes of this run, once it is sure that no run is in the way; all but the first are silent."""
+    with joined(settings.train) as group:
+        console.quiet = not group.first
+        if group.first:
+            _look_for_runs(folders, resume)
+        yield group
+
+
+def _look_for_runs(folders: list[Path], resume: bool) -> None:
+    if resume and not any((folder / checkpoints.LAST).exists() for folder in folders):
+        raise checkpoints.CheckpointError(f"{folders[0]}: nothing to resume; leave --resume out")
+    for folder in folders:
+        if not resume and any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.BEST)):
+            raise FileExistsError(f"{folder} holds a run: go on with --resume, or choose another --out, or delete it")
+
+
+def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Group) -> Evaluation | None:
+    """One run; what it came to on the validation part, for the first process, where there is one."""
+    check(settings, splits.training, splits.validation, group.device, group.size)
+    if group.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(tomli_w.dumps(settings.to_dict()))
+    on = f", {group.size} processes" if group.size > 1 else ""
+    _say(f"{settings.name}, seed {settings.seed}: {_sizes(splits)}, on {group.device}{on}", describe(settings), f"run folder: {folder}")
+    started = group.from_first(resume and (folder / checkpoints.LAST).exists())
+    try:
+        with _watching(folder) if group.first else nullcontext(lambda _: None) as watch:
+            chosen = fit(settings, splits.training, splits.validation, folder, resume=started, watch=watch, group=group)
+    except KeyboardInterrupt:
+        if (folder / checkpoints.LAST).exists():
+            command = "the same torchrun command" if group.size > 1 else f"{_python()} -m training {' '.join(sys.argv[1:3])}"
+            _say(f"stopped; the last whole epoch is kept. Go on with: {command} --resume (and the same options)")
+        else:
+            _say("stopped before the first epoch was done: nothing is kept")
+        raise typer.Exit(130) from None
+    finally:
+        if group.first and (folder / METRICS).exists():
+            draw_curves(folder / METRICS, folder / "curves.png")
+    if splits.validation is None or not group.first:
+        return None
+    result = run_clips(checkpoints.load(chosen).network(), splits.validation)
+    draw_confusion(result, splits.validation.classes, folder / "confusion.png")
+    Console().print(recall_table(result, splits.validation.classes, f"{settings.name}, validation"))
+    return result
+
+
+def _evaluate(run: Path, part: str, data: str, alone: bool) -> None:
+    """Runs the clips unless that was done, and keeps figures and scores beside the checkpoint."""
+    found = checkpoints.load(run / checkpoints.BEST)
+    kept = run / f"{part}.json"
+    _say(describe(found.config))
+    if part in PARTS and kept.exists():
+        _say(f"already run; the result was kept in {kept}")
+        if alone:
+            Console().print_json(kept.read_text())
+        return
+    clips = load_splits(_with_path(found.config, data)).named(part)
+    device = choose_device(replace(found.config.train, device="cpu" if found.config.train.device == "cpu" else "auto"))
+    result = run_clips(found.network().to(device), clips)
+    draw_confusion(result, clips.classes, run / f"confusion-{part}.png")
+    scores.save(result, run / f"{part}.npz")
+    value = {"split": part, "clips": len(clips), "accuracy": result.accuracy, "frame_accuracy": result.frame_accuracy, "loss": result.loss}
+    kept.write_text(json.dumps(value | {"seed": found.config.seed, "epoch": found.epoch, "chosen": describe(found.config)}, indent=1) + "\n")
+    Console().print(recall_table(result, clips.classes, f"{found.config.name}, {part}, seed {found.config.seed}"))
+
+
+def _seeds(text: str) -> list[int]:
+    """ "0,1,2" as it says; "5" is five of them from 0; nothing is none."""
+    numbers = [one.strip() for one in text.split(",")] if text.strip() else []
+    if not all(one.isdecimal() for one in numbers) or len(set(numbers)) < len(numbers) or numbers == ["0"]:
+        raise ConfigError(f"--seeds {text}: expected different numbers, such as 0,1,2, or how many")
+    return list(range(int(numbers[0]))) if len(numbers) == 1 else [int(one) for one in numbers]
+
+
 def _say(*lines: str) -> None:
     """Lines as they are, whatever brackets are in them and however narrow the terminal is."""
     for line in lines:
@@ -230,6 +326,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except EXPECTED as error:
+        console.quiet = False  # it may be the fault of one process alone
         console.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ So the split shows in nothing but the last digits. One process is a group of one
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ def joined(config: TrainConfig) -> Iterator[Group]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    signal.signal(signal.SIGTERM, lambda *_: _lose(rank, "torchrun has asked this one to end"))
     _or_lost(lambda: dist.init_process_group("nccl" if device.type == "cuda" else "gloo"), rank)
     try:
         yield Group(rank, size, device)
@@ -102,5 +104,8 @@ def _or_lost(call: Callable[[], Any], rank: int) -> None:
     try:
         call()
     except (RuntimeError, ValueError) as error:  # what gloo, nccl and the store raise, by their own taste
-        reason = " ".join(str(error).split())
-        raise ProcessLost(f"process {rank}: another process of this run ended or cannot be reached; go on with --resume ({reason:.160})") from None
+        _lose(rank, " ".join(str(error).split()))
+
+
+def _lose(rank: int, reason: str) -> None:
+    raise ProcessLost(f"process {rank}: another process of this run ended or cannot be reached; go on with --resume ({reason:.160})") from None

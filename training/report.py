@@ -63,3 +63,24 @@ def recall_table(result: Evaluation, classes: tuple[str, ...], title: str) -> Ta
     table.add_section()
     table.add_row("all", str(counts.sum()), f"{100 * result.accuracy:.1f}", "")
     return table
+
+
+def runs_table(accuracies: dict[str, float], title: str, ensemble: float | None = None) -> Table:
+    """Accuracy of each run, their mean and standard deviation, and that of their averaged scores."""
+    table = Table(title=escape(title))
+    table.add_column("run", overflow="fold")
+    table.add_column("right %", justify="right")
+    for name, accuracy in accuracies.items():
+        table.add_row(escape(name), f"{100 * accuracy:.1f}")
+    table.add_section()
+    mean, deviation = mean_and_deviation(list(accuracies.values()))
+    table.add_row("mean", f"{100 * mean:.1f}")
+    table.add_row("standard deviation", "" if np.isnan(deviation) else f"{100 * deviation:.1f}")
+    if ensemble is not None:
+        table.add_row("scores averaged", f"{100 * ensemble:.1f}")
+    return table
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (by one less than there are); NaN of a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")

@@ -1,0 +1,146 @@
+"""Two processes train what one trains: the same losses, weights and statistics, also when cut and resumed; and when one of them goes, so do all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.training.synthetic import clip_set, config, write_config, write_folder
+from training.batches import collate, epoch_batches
+from training.checkpoint import LAST, load
+from training.config import ConfigError, TrainConfig
+from training.config import load as load_config
+from training.distributed import CPU, Group, choose_device, joined
+from training.loop import train
+from training.splits import load as load_splits
+
+ROOT = Path(__file__).parents[2]
+BATCH = 11
+NO_TIMES = {"seconds": 0, "waiting": 0}
+# Everything that draws random numbers or looks across the batch is on.
+SECTIONS: dict[str, Any] = {
+    "model": {"norm": "after", "dropout": 0.3, "input_dropout": 0.1, "average": 8},
+    "train": {"epochs": 4, "batch": BATCH, "class_weights": "balanced", "ema": 0.9},
+}
+
+
+def command(processes: int, config: Path, out: Path, *more: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "training", "train", str(config), "--out", str(out), *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: Any) -> str:
+    done = subprocess.run(command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    data = write_folder(folder / "clips", clip_set(110, shortest=1, longest=20))
+    return write_config(folder / "tiny.toml", data={"path": str(data)}, **SECTIONS)
+
+
+@pytest.fixture(scope="module")
+def together(settings: Path) -> Path:
+    run(2, settings, settings.parent / "two")
+    return settings.parent / "two" / "tiny" / "seed-0"
+
+
+def test_two_processes_equal_one(settings: Path, together: Path) -> None:
+    training = load_splits(load(together / LAST).config).training
+    assert len(training) % BATCH == 1, "the last batch is to leave a process without rows"
+    assert epoch_batches(training, BATCH, 16) == len(training) // BATCH + 1
+    alone = settings.parent / "one"
+    alone.mkdir()
+    splits = load_splits(load_config(settings))
+    train(load_config(settings), splits.training, splits.validation, alone, watch=lambda _: None)
+    for ours, theirs in zip(rows(together), rows(alone), strict=True):
+        for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "validation_frame_accuracy", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["epoch"], name)
+    ours, theirs = load(together / LAST), load(alone / LAST)
+    statistics = [name for name in ours.weights if "running" in name]
+    assert statistics
+    for name, value in ours.training_weights.items():
+        torch.testing.assert_close(value, theirs.training_weights[name], rtol=1e-3, atol=2e-5, msg=name)
+    for name in statistics:
+        torch.testing.assert_close(ours.weights[name], theirs.weights[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def wait_for(metrics: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers(launcher: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc here: the processes of a run cannot be found, so none can be killed")
+def test_a_dead_process_ends_the_run_which_resumes_as_if_nothing_had_been(settings: Path, together: Path, tmp_path: Path) -> None:
+    folder, metrics = tmp_path / "tiny" / "seed-0", tmp_path / "tiny" / "seed-0" / "metrics.jsonl"
+    process = subprocess.Popen(command(2, settings, tmp_path), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(metrics, 1, process)
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode != 0
+    assert "another process of this run ended or cannot be reached; go on with --resume" in err
+    assert "SIGKILL" in err
+    run(2, settings, tmp_path, "--resume")
+    ours, theirs = load(folder / LAST), load(together / LAST)
+    assert ours.epoch == theirs.epoch == 4
+    assert all(torch.equal(value, theirs.weights[name]) for name, value in ours.weights.items())
+    assert [row | NO_TIMES for row in rows(folder)] == [row | NO_TIMES for row in rows(together)]
+
+
+def test_one_process_is_a_group_that_adds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with joined(TrainConfig(device="cpu")) as group:
+        assert (group.first, group.size, group.device, group.rows) == (True, 1, CPU, slice(0, None, 1))
+        assert group.total(torch.ones(3)).tolist() == [1, 1, 1]
+        assert group.from_first("x") == "x"
+        assert group.total_gradients(nn.Linear(2, 1), torch.tensor([3.0])).tolist() == [3.0]
+
+
+def test_rows_of_all_processes_are_the_batch() -> None:
+    batch = collate([np.full((n, 2), n, np.float32) for n in (2, 5, 1, 4)], [0, 1, 0, 1])
+    parts = [batch.take(Group(rank, 3).rows) for rank in range(3)]
+    assert [part.lengths.tolist() for part in parts] == [[2, 4], [5], [1]]
+    assert [part.frames.shape[1] for part in parts] == [4, 5, 1]
+    assert sum(float(part.shares.sum()) for part in parts) == pytest.approx(1)
+    none = batch.take(Group(4, 5).rows)
+    assert none.frames.shape == (0, 1, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: that there is none cannot be tested")
+def test_a_device_that_is_not_there_is_said() -> None:
+    assert choose_device(TrainConfig()) == CPU
+    with pytest.raises(ConfigError, match="torch sees no NVIDIA GPU"):
+        choose_device(config(train={"device": "cuda"}).train)

@@ -1,0 +1,40 @@
+"""Scores of an evaluation as a file, so that networks can be averaged without running the clips again."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from training.evaluate import Evaluation
+
+
+class ScoresError(ValueError):
+    """Kept scores are missing, damaged, or of other clips than those they are to be averaged with."""
+
+
+def save(result: Evaluation, path: Path) -> None:
+    """Writes scores (N, classes) and labels (N,), in the order of the split."""
+    with path.open("wb") as file:
+        np.savez(file, scores=result.scores, labels=result.labels)
+
+
+def load(path: Path) -> Evaluation:
+    """What `save` wrote; the accuracy along clips is not among it."""
+    try:
+        with np.load(path) as file:
+            return Evaluation.of(file["scores"], file["labels"])
+    except FileNotFoundError:
+        raise ScoresError(f"{path}: no scores were kept; delete {path.with_suffix('.json').name} beside it and evaluate again") from None
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ScoresError(f"{path}: not scores of an evaluation: {error}") from None
+
+
+def average(results: list[Evaluation]) -> Evaluation:
+    """The mean of several networks' scores on the same clips."""
+    first = results[0]
+    for result in results[1:]:
+        if result.scores.shape != first.scores.shape or not np.array_equal(result.labels, first.labels):
+            raise ScoresError(f"these runs were evaluated on other clips: {len(first.labels)} and {len(result.labels)}, or with other labels or classes")
+    return Evaluation.of(np.stack([result.scores for result in results]).mean(0), first.labels)
