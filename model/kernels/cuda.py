@@ -7,7 +7,9 @@ is 8 and 12 bytes a step and pair; on a card of 3 TB/s (T, B, N) = (784, 32, 128
 What can keep it from that is latency. A step of the chain takes about 15 cycles (multiply-add, maximum, select), a load from memory
 500 or more, and no load depends on the chain: so loads run `AHEAD` steps before it, in a ring of registers. By Little's law some 32 KB
 must be in flight on each multiprocessor; `_plan` picks `AHEAD` to get there, and small blocks, so that few rows still reach all
-multiprocessors. It is a formula and no search: results do not depend on what was timed, and no first step is slow.
+multiprocessors. It is a formula and no search: what is chosen does not depend on what was timed. A small batch cannot fill the pipe,
+for registers end at 32 steps: (784, 32, 128) keeps 4 KB in flight and is bound by the latency of 32 steps' loads, about as long as the
+23 instructions a step takes (counted in sm_90's machine code). None of these times is measured yet.
 
 Half types are read and written as they are; state and sums are float32 in registers (float64 for float64). Offsets are 64 bits wide.
 With `TRITON_INTERPRET=1` set before triton is imported the same code runs on CPU tensors, slowly: that is how it is tested without a GPU.
