@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from model.indrnn import Recurrence
 from tests.training.synthetic import clip_set, config
 from training import checkpoint, loop
-from training.batches import Batch, collate
 from training.checkpoint import BEST, LAST, CheckpointError, load
-from training.config import Config, ConfigError, TrainConfig
+from training.config import Config, ConfigError
 from training.datasets.clips import ClipSet
 from training.evaluate import evaluate
-from training.loop import METRICS, Progress, TrainingDiverged, sequence_loss, train
+from training.loop import METRICS, Progress, TrainingDiverged, train
 from training.splits import split
 
 GAPPY: dict[str, Any] = {"model": {"missing": True}, "augment": {"drop_joints": 0.3}}
@@ -205,26 +202,3 @@ def test_divergence_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkey
     with pytest.raises(TrainingDiverged, match="loss is nan in epoch 2"):
         fit(config(), tmp_path)
     assert load(tmp_path / LAST).epoch == 1
-
-
-def _batch(lengths: list[int]) -> Batch:
-    return collate([np.zeros((n, 2), np.float32) for n in lengths], [0] * len(lengths))
-
-
-@settings(deadline=None, max_examples=40)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), early=st.floats(0, 1))
-def test_every_clip_counts_the_same_and_padding_nothing(lengths: list[int], early: float) -> None:
-    batch, options = _batch(lengths), TrainConfig(early=early, label_smoothing=0.0)
-    logits = torch.zeros(len(lengths), max(lengths), 4)
-    for row, n in enumerate(lengths):
-        logits[row, n:] = 50.0 * torch.tensor([-1.0, 1, 1, 1])
-    assert sequence_loss(logits, batch, options).item() == pytest.approx(math.log(4), rel=1e-5)
-
-
-def test_with_early_zero_the_first_step_is_forgiven_unless_it_is_the_only_one() -> None:
-    logits = torch.zeros(2, 3, 2)
-    logits[0, 0] = torch.tensor([-9.0, 9.0])
-    wrong = torch.tensor([-9.0, 9.0])
-    logits[1, 0] = wrong
-    loss = sequence_loss(logits, _batch([3, 1]), TrainConfig(early=0.0, label_smoothing=0.0))
-    assert loss.item() == pytest.approx((math.log(2) + 18) / 2, rel=1e-4)
