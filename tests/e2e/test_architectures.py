@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra `trai
 
 MODELS: dict[str, dict[str, Any]] = {
     "gru": {"kind": "gru", "layers": 2, "horizon": 0},
-    "dense": {"kind": "dense", "blocks": [1, 1], "growth": 4, "activation": "tanh"},
+    "dense": {"kind": "dense", "blocks": [1, 1], "growth": 4},
     "tokens": {"kind": "residual", "layers": 2, "head": "tokens", "memory": "normal"},
 }
 VOCABULARY = tuple("abcdefg")
@@ -80,7 +80,7 @@ def test_manifests_say_what_each_is(published: Any) -> None:
     said = {name: (m.task, m.architecture.kind, m.architecture.layers, m.architecture.units, m.state_width) for name, (_, m) in published[1].items()}
     assert said == {
         "gru": ("classification", "gru", 2, 24, 4 + 48),  # 4: the frame before, and that it was seen
-        "dense": ("classification", "dense, tanh", 7, 24, 4 + 24 + 20 + 14 + 20 + 9),
+        "dense": ("classification", "dense", 7, 24, 4 + 24 + 20 + 14 + 20 + 9),
         "tokens": ("tokens", "residual", 2, 24, 3 * 24),
     }
 

@@ -1,5 +1,6 @@
 """Every architecture keeps every promise of the contract: parity, chunks, company, poison, streams that do not end."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +22,14 @@ from training.export import to_onnx
 from training.verify import Runner, check_endless, check_file, check_neighbours, check_parity, measure_stream
 
 Lengths = npt.NDArray[np.int64]
-DENSE = {"kind": "dense", "blocks": (1, 1), "growth": 2, "horizon": 20}
-# Settings beside 8 units and one layer, and the local functions that the file must have. Plain and residual stacks with ReLU: test_export.py.
+DENSE = {"kind": "dense", "blocks": (1,), "growth": 2, "horizon": 20}
+# Settings beside 8 units and one layer, and the local functions that the file must have. Plain and residual stacks with ReLU: test_export.py; dense: tests/e2e.
 ARCHITECTURES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "plain, tanh, convolution": ({"activation": "tanh", "filters": 2, "missing": True}, {"RecurrenceTanh", "Hold"}),
     "plain, identity": ({"activation": "identity"}, {"RecurrenceIdentity"}),
     "plain, tokens": ({"head": "tokens", "memory": "normal", "bound": "penalty"}, {"Recurrence"}),
     "residual, tanh": ({"kind": "residual", "layers": 2, "activation": "tanh"}, {"RecurrenceTanh"}),
     "residual, identity, averaged": ({"kind": "residual", "layers": 2, "activation": "identity", "average": 5}, {"RecurrenceIdentity", "Recurrence"}),
-    "dense": (DENSE, {"Recurrence"}),
     "dense, tanh, norm before": (DENSE | {"activation": "tanh", "norm": "before"}, {"RecurrenceTanh"}),
     "dense, identity, no norm": (DENSE | {"activation": "identity", "norm": "none"}, {"RecurrenceIdentity"}),
     "rnn": ({"kind": "rnn", "horizon": 0}, {"RNNTanh"}),
@@ -51,6 +51,13 @@ def network(name: str) -> Network:
     return made
 
 
+@functools.cache
+def exported(name: str) -> tuple[Network, onnx.ModelProto]:
+    """An export takes seconds. They are shared: do not change them."""
+    made = network(name)
+    return made, to_onnx(made)
+
+
 def frames_for(made: Network, rng: np.random.Generator, rows: int, steps: int) -> Frames:
     """(rows, steps, *frame shape); ids where the network takes tokens."""
     shape = (rows, steps, *made.frame_shape)
@@ -61,8 +68,7 @@ def frames_for(made: Network, rng: np.random.Generator, rows: int, steps: int) -
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exports_and_verifies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "STREAM_FRAMES", 4_000)
-    made = network(name)
-    model = to_onnx(made)
+    made, model = exported(name)
     assert {node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN} == ARCHITECTURES[name][1]
     check_file(model)
     runner, rng = Runner(model), np.random.default_rng(0)
@@ -123,7 +129,7 @@ def test_an_irnn_as_it_starts_is_refused_for_streams(monkeypatch: pytest.MonkeyP
 
 
 def test_a_graph_takes_the_nearest_token_for_an_id_outside_the_vocabulary() -> None:
-    runner = Runner(to_onnx(network("plain, tokens")))
+    runner = Runner(exported("plain, tokens")[1])
     rows = np.array([[[0], [2], [1]], [[-7], [3e38], [1.2]], [[np.nan], [2.0], [0.6]], [[-np.inf], [np.inf], [1]]], np.float32)
     scores, _ = runner(rows, [3] * 4, runner.zeros(4))
     assert np.array_equal(scores, np.repeat(scores[:1], 4, 0))
