@@ -23,11 +23,11 @@ def save(result: Evaluation, path: Path) -> None:
 def load(path: Path) -> Evaluation:
     """What `save` wrote; the accuracy along clips is not among it."""
     try:
-        with np.load(path) as file:
-            return Evaluation.of(file["scores"], file["labels"])
+        with path.open("rb") as file, np.load(file) as arrays:  # opened here, as numpy leaves a damaged one open
+            return Evaluation.of(arrays["scores"], arrays["labels"])
     except FileNotFoundError:
         raise ScoresError(f"{path}: no scores were kept; delete {path.with_suffix('.json').name} beside it and evaluate again") from None
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ScoresError(f"{path}: not scores of an evaluation: {error}") from None
 
 

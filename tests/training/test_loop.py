@@ -202,3 +202,50 @@ def test_divergence_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkey
     with pytest.raises(TrainingDiverged, match="loss is nan in epoch 2"):
         fit(config(), tmp_path)
     assert load(tmp_path / LAST).epoch == 1
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"schedule": "one-cycle", "optimizer": "adam"},
+        {"schedule": "plateau", "plateau_patience": 0},
+        {"schedule": "constant", "class_weights": "balanced"},
+        {"precision": "bfloat16"},
+        {"precision": "float16"},
+    ],
+)
+def test_every_way_to_train_resumes_as_if_there_had_been_no_stop(tmp_path: Path, section: dict[str, Any]) -> None:
+    settings = config(train=section)
+    fit(settings, tmp_path / "whole")
+    with pytest.raises(Stop):
+        fit(settings, tmp_path / "cut", stop=(2, 0))
+    fit(settings, tmp_path / "cut", resume=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "whole")[2][-1]["loss"] < outcome(tmp_path / "whole")[2][0]["loss"]
+
+
+def test_ends_early_once_validation_has_not_got_better_for_long_enough_and_stays_ended(tmp_path: Path) -> None:
+    settings = config(train={"epochs": 60, "early_stop": 3})
+    best = fit(settings, tmp_path)
+    rows = [json.loads(line)["validation_accuracy"] for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert 3 < len(rows) < 60
+    first = rows.index(max(rows)) + 1
+    assert len(rows) == first + 3
+    assert load(best).best == max(rows)
+    before = outcome(tmp_path)
+    fit(settings, tmp_path, resume=True)
+    assert outcome(tmp_path) == before
+
+
+def test_half_precision_ends_near_full_precision(tmp_path: Path) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16", "float16"):
+        fit(config(train={"precision": precision, "epochs": 6}), tmp_path / precision)
+        losses.append(json.loads((tmp_path / precision / METRICS).read_text().splitlines()[-1])["loss"])
+    assert losses[1:] == [pytest.approx(losses[0], rel=0.05)] * 2
+    assert len(set(losses)) == 3  # it was at work
+
+
+def test_the_share_of_time_without_a_batch_is_kept(tmp_path: Path) -> None:
+    fit(config(), tmp_path)
+    assert all(0 <= json.loads(line)["waiting"] <= 1 for line in (tmp_path / METRICS).read_text().splitlines())

@@ -248,6 +248,63 @@ def test_a_run_stopped_in_its_first_epoch_may_simply_be_started_again(training: 
     assert training("train", config, "--out", tmp_path / "runs").code == 0
 
 
+def test_several_seeds_their_mean_and_their_ensemble(training: Any, one_line: Any, tmp_path: Path, folder: Path) -> None:
+    config = write_config(tmp_path / "tiny.toml", data={"path": str(folder)}, train={"epochs": 2}, model={"missing": True})
+    done = training("train", config, "--out", tmp_path / "runs", "--seeds", "1,4")
+    assert done.code == 0, done.err
+    runs = [tmp_path / "runs" / "tiny" / f"seed-{seed}" for seed in (1, 4)]
+    assert [load(run / "best.pt").config.seed for run in runs] == [1, 4]
+    best = [load(run / "best.pt").best for run in runs]
+    assert re.search(rf"mean +│ +{100 * np.mean(best):.1f}", done.out)
+    assert re.search(rf"standard deviation +│ +{100 * np.std(best, ddof=1):.1f}", done.out)
+    assert "seed-1 holds a run" in one_line("train", config, "--out", tmp_path / "runs", "--seeds", "2")  # 0 and 1
+    assert not (tmp_path / "runs" / "tiny" / "seed-0").exists()
+
+    result = training("evaluate", *runs, "--ensemble")
+    assert result.code == 0, result.err
+    kept = [np.load(run / "test.npz") for run in runs]
+    accuracies = [json.loads((run / "test.json").read_text())["accuracy"] for run in runs]
+    together = float((np.mean([one["scores"] for one in kept], 0).argmax(1) == kept[0]["labels"]).mean())
+    assert [float((one["scores"].argmax(1) == one["labels"]).mean()) for one in kept] == accuracies
+    assert re.search(rf"mean +│ +{100 * np.mean(accuracies):.1f}", result.out)
+    assert re.search(rf"scores averaged +│ +{100 * together:.1f}", result.out)
+    again = training("evaluate", *runs, "--ensemble")
+    assert again.err.count("already run") == 2
+    assert f"{100 * together:.1f}" in again.out
+
+
+@pytest.mark.parametrize("seeds", ["x", "1,1", "1,,2", "-1", "0"])
+def test_seeds_that_are_none_are_one_line(one_line: Any, tmp_path: Path, folder: Path, seeds: str) -> None:
+    config = write_config(tmp_path / "tiny.toml", data={"path": str(folder)})
+    assert "expected different numbers" in one_line("train", config, "--out", tmp_path / "runs", f"--seeds={seeds}")
+
+
+def test_crossvalidation_holds_every_subject_out_once(training: Any, one_line: Any, tmp_path: Path, folder: Path) -> None:
+    config = write_config(tmp_path / "tiny.toml", data={"path": str(folder)}, train={"epochs": 2}, model={"missing": True})
+    done = training("crossvalidate", config, "--out", tmp_path / "runs", "--folds", "3", "--by", "subject")
+    assert done.code == 0, done.err
+    whole = tmp_path / "runs" / "tiny" / "folds-3-by-subject"
+    kept = json.loads((whole / "crossvalidation.json").read_text())
+    assert kept["clips"] == [24, 24, 24]  # a, b and c; d is the test part
+    best = [load(whole / f"fold-{fold}-seed-0" / "best.pt").best for fold in range(3)]
+    assert kept["best_epoch"]["accuracy"] == pytest.approx(best)
+    assert kept["best_epoch"]["mean"] == pytest.approx(np.mean(best))
+    assert kept["last_epoch"]["deviation"] == pytest.approx(np.std(kept["last_epoch"]["accuracy"], ddof=1))
+    assert f"{100 * kept['last_epoch']['mean']:.1f} % on average" in done.err
+    assert "holds a run" in one_line("crossvalidate", config, "--out", tmp_path / "runs", "--folds", "3", "--by", "subject")
+    assert "4 folds of 3 groups (a, b, c)" in training("crossvalidate", config, "--out", tmp_path / "runs", "--folds", "4", "--by", "subject").err
+    assert "no group 'person'" in training("crossvalidate", config, "--out", tmp_path / "runs", "--by", "person").err
+    assert "data.folds must be at least 2" in one_line("crossvalidate", config, "--folds", "1")
+
+
+def test_what_cannot_fit_leaves_no_run(training: Any, tmp_path: Path, folder: Path) -> None:
+    config = write_config(tmp_path / "tiny.toml", data={"path": str(folder)}, train={"batch": 10**9}, model={"missing": True})
+    result = training("train", config, "--out", tmp_path / "runs")
+    assert result.code == 1
+    assert "estimated to need" in result.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_messages_keep_brackets(one_line: Any, tmp_path: Path) -> None:
     """Rich would take them for markup: paths and values are shown as they are."""
     strange = tmp_path / "[bold]runs[/]"
