@@ -35,6 +35,7 @@ class ModelConfig:
     average: int = 0  # frames over which scores are averaged, older ones fading out; 0: each step's own
     motion: bool = True  # add what changed since the previous frame
     positions: bool = True  # keep the values themselves (off: only what changes counts, wherever it happens)
+    bones: bool = False  # skeletons: add where each joint lies, seen from its parent
     missing: bool = False  # may joints or channels be absent (NaN)
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class ModelConfig:
             (self.head != "tokens" or not self.missing, "missing: a token cannot be absent"),
             (all(0 <= rate < 1 for rate in self._dropouts), "dropout rates must be in [0, 1)"),
             (self.view in ("camera", "body"), f"view must be camera or body, got {self.view!r}"),
-            (self.motion or self.positions, "motion and positions cannot both be off: nothing would be left"),
+            (self.motion or self.positions or self.bones, "motion, positions and bones cannot all be off: nothing would be left"),
         ):
             if not holds:
                 raise ValueError(f"model: {message}")

@@ -64,27 +64,40 @@ class ChannelFeatures(nn.Module):
 
 
 class SkeletonFeatures(nn.Module):
-    """For frames of joints (J, 3): positions about the body's root, motion of each joint, and which joints are missing.
+    """For frames of joints (J, 3): positions about the body's root, bones, motion of each joint, and which joints are missing.
 
     The root is the mean of `root` joints; of all joints seen, while none of those has been. With `view="body"` the body is turned about
     the vertical axis so that the line from the `right` to the `left` joints, which come in pairs, always points the same way. That makes
-    the features the same from every camera.
+    the features the same from every camera. `bones` are pairs (joint, its parent): where the joint lies, seen from its parent.
     """
 
     root: Tensor
     left: Tensor
     right: Tensor
+    outer: Tensor
+    inner: Tensor
 
     def __init__(
-        self, joints: int, root: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...], *, view: str, positions: bool, motion: bool, missing: bool
+        self,
+        joints: int,
+        root: tuple[int, ...],
+        left: tuple[int, ...],
+        right: tuple[int, ...],
+        *,
+        view: str,
+        positions: bool,
+        motion: bool,
+        missing: bool,
+        bones: tuple[tuple[int, int], ...] = (),
     ) -> None:
         super().__init__()
-        for name, joints_of in (("root", root), ("left", left), ("right", right)):
-            self.register_buffer(name, torch.tensor(joints_of), persistent=False)
-        self.view, self.positions, self.motion, self.missing = view, positions, motion, missing
+        outer, inner = [bone[0] for bone in bones], [bone[1] for bone in bones]
+        for name, joints_of in (("root", root), ("left", left), ("right", right), ("outer", outer), ("inner", inner)):
+            self.register_buffer(name, torch.tensor(joints_of, dtype=torch.int64), persistent=False)
+        self.view, self.positions, self.motion, self.missing, self.bones = view, positions, motion, missing, bool(bones)
         self.last_seen = LastSeen(joints, 3, missing)
         self.state_width = self.last_seen.state_width
-        self.width = joints * (3 * positions + 3 * motion + missing) + 2 * (view == "body") * motion
+        self.width = joints * (3 * positions + 3 * motion + missing) + 3 * len(bones) + 2 * (view == "body") * motion
         turning = [(1, 2)] * (view == "body" and motion)
         self.blocks = [(joints, 3)] * (positions + motion) + turning + [(joints, 1)] * missing  # of what the features are made: (points, numbers of each)
         self.standardise = Standardise(self.width)
@@ -101,6 +114,9 @@ class SkeletonFeatures(nn.Module):
             position, motion = _turn(position, heading[1:]), _turn(motion, heading[1:])
         if self.positions:
             parts.append(position.flatten(2))
+        if self.bones:
+            both = seen.index_select(2, self.outer) * seen.index_select(2, self.inner)
+            parts.append(((position.index_select(2, self.outer) - position.index_select(2, self.inner)) * both).flatten(2))
         if self.motion:
             parts.append(motion.flatten(2))
             if self.view == "body":  # turning on the spot is lost by the change of axes: give it back

@@ -136,6 +136,8 @@ def _features(config: ModelConfig, frame_shape: tuple[int, ...], classes: int, l
     if layout is None:
         if len(frame_shape) != 1:
             raise ValueError(f"frames of shape {frame_shape} without a layout: expected (channels,); name the skeleton's layout")
+        if config.bones:
+            raise ValueError("bones = true needs a skeleton: channels have none; name the layout, or leave bones out")
         return ChannelFeatures(frame_shape[0], positions=config.positions, motion=config.motion, missing=config.missing)
     names = skeletons.layout(layout)
     if names.dimensions != 3:
@@ -144,4 +146,7 @@ def _features(config: ModelConfig, frame_shape: tuple[int, ...], classes: int, l
         raise ValueError(f"layout {layout} has frames of shape ({len(names.joints)}, 3), got {frame_shape}")
     sides = [tuple(names.index(f"{side}_{joint}") for joint in ("hip", "shoulder")) for side in ("left", "right")]
     root = (names.index("left_hip"), names.index("right_hip"))
-    return SkeletonFeatures(len(names.joints), root, *sides, view=config.view, positions=config.positions, motion=config.motion, missing=config.missing)
+    return SkeletonFeatures(
+        len(names.joints), root, *sides, view=config.view, positions=config.positions, motion=config.motion, missing=config.missing,
+        bones=names.bones if config.bones else (),
+    )  # fmt: skip

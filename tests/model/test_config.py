@@ -44,7 +44,7 @@ def test_cannot_be_changed() -> None:
         ({"dropout": float("nan")}, "dropout"),
         ({"input_dropout": -0.1}, "dropout"),
         ({"view": "side"}, "view"),
-        ({"motion": False, "positions": False}, "motion and positions"),
+        ({"motion": False, "positions": False}, "motion, positions and bones"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], named: str) -> None:

@@ -14,11 +14,13 @@ Features = ChannelFeatures | SkeletonFeatures
 
 # Joints 0 and 1 are the hips, 2 and 3 the shoulders, left first; the rest hang on.
 JOINTS, HIPS, LEFT, RIGHT = 6, (0, 1), (0, 2), (1, 3)
+BONES = ((2, 0), (3, 1), (4, 3), (5, 2))
 NAN = float("nan")
 
 
-def skeleton(*, view: str = "camera", missing: bool = True, positions: bool = True, motion: bool = True) -> SkeletonFeatures:
-    return SkeletonFeatures(JOINTS, HIPS, LEFT, RIGHT, view=view, positions=positions, motion=motion, missing=missing)
+def skeleton(*, view: str = "camera", missing: bool = True, positions: bool = True, motion: bool = True, bones: bool = False) -> SkeletonFeatures:
+    joined = BONES if bones else ()
+    return SkeletonFeatures(JOINTS, HIPS, LEFT, RIGHT, view=view, positions=positions, motion=motion, missing=missing, bones=joined)
 
 
 def channels(*, missing: bool = True, positions: bool = True, motion: bool = True) -> ChannelFeatures:
@@ -30,6 +32,8 @@ MAKERS: dict[str, tuple[Callable[[], Features], tuple[int, ...]]] = {
     "body": (lambda: skeleton(view="body"), (JOINTS, 3)),
     "body without gaps": (lambda: skeleton(view="body", missing=False), (JOINTS, 3)),
     "body, motion alone": (lambda: skeleton(view="body", positions=False), (JOINTS, 3)),
+    "body, bones as well": (lambda: skeleton(view="body", bones=True), (JOINTS, 3)),
+    "bones alone": (lambda: skeleton(positions=False, motion=False, bones=True), (JOINTS, 3)),
     "channels": (channels, (3,)),
     "channels, motion alone": (lambda: channels(positions=False), (3,)),
     "channels without gaps": (lambda: channels(missing=False, motion=False), (3,)),
@@ -151,6 +155,16 @@ def test_a_joint_never_seen_gives_zeros_and_no_motion_when_it_appears() -> None:
     assert not motion[:5, 15:].any()
     assert motion[5, 15:].all()
     assert marks[:, 5].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_a_bone_is_its_joint_seen_from_the_parent() -> None:
+    x = body(3, 1)
+    x[:2, :, 3] = NAN
+    y, _ = run(skeleton(positions=False, motion=False, bones=True), x)
+    bones = y[:, 0, : 3 * len(BONES)].reshape(3, len(BONES), 3)
+    torch.testing.assert_close(bones[:, [0, 3]], x[:, 0, [2, 5]] - x[:, 0, [0, 2]])
+    assert not bones[:2, [1, 2]].any(), "a bone needs both of its joints"
+    torch.testing.assert_close(bones[2, [1, 2]], x[2, 0, [3, 4]] - x[2, 0, [1, 3]])
 
 
 @pytest.mark.parametrize("view", ["camera", "body"])

@@ -247,3 +247,10 @@ def test_clips_of_one_frame_leave_motion_as_it_is() -> None:
 def test_frames_that_do_not_fit_the_layout_are_refused(shape: tuple[int, ...], layout: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Network(ModelConfig(), shape, 2, layout)
+
+
+def test_bones_need_a_skeleton() -> None:
+    with pytest.raises(ValueError, match="bones = true needs a skeleton"):
+        Network(ModelConfig(bones=True), (3,), 2)
+    with_bones = Network(ModelConfig(bones=True), (13, 3), 2, "body-13")
+    assert with_bones.features.width == Network(ModelConfig(), (13, 3), 2, "body-13").features.width + 3 * 12  # every joint but the root has a parent
