@@ -16,11 +16,12 @@ from torch import nn
 
 from tests.training.synthetic import clip_set, config, write_config, write_folder
 from training.batches import collate, epoch_batches
-from training.checkpoint import LAST, load
+from training.checkpoint import LAST, Subject, build, load
 from training.config import ConfigError, TrainConfig
 from training.config import load as load_config
 from training.distributed import CPU, Group, choose_device, joined
 from training.loop import train
+from training.loss import sequence_loss
 from training.splits import load as load_splits
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,16 @@ def test_rows_of_all_processes_are_the_batch() -> None:
     assert sum(float(part.shares.sum()) for part in parts) == pytest.approx(1)
     none = batch.take(Group(4, 5).rows)
     assert none.frames.shape == (0, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "dense", "rnn", "irnn", "gru", "lstm"])
+def test_a_process_without_rows_takes_part_with_gradients_of_zero(kind: str) -> None:
+    settings = config(model={"kind": kind, "horizon": 0, "average": 4, "norm": "after"})
+    network = build(settings, Subject.of(clip_set(6))).train()
+    batch = collate([np.zeros((3, 2), np.float32)] * 2, [0, 1]).take(Group(4, 5).rows)
+    _, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(0))
+    sequence_loss(logits, batch, settings.train).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in network.parameters())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: that there is none cannot be tested")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.indrnn import Recurrence
+from model.network import Network
 from tests.training.synthetic import clip_set, config
 from training import checkpoint, loop
 from training.checkpoint import BEST, LAST, CheckpointError, load
@@ -139,6 +140,7 @@ def test_resuming_with_other_data_is_refused(tmp_path: Path, uninterrupted: Path
         {"model": {"norm": "after"}, "train": {"epochs": 12}},
         {"model": {"kind": "residual", "units": 16}, "train": {"epochs": 12}},
         {"model": {"missing": True}, "train": {"epochs": 12, "early": 0.0}, "augment": {"drop_joints": 0.3}},
+        {"model": {"head": "last", "memory": "last"}, "train": {"epochs": 12}},
     ],
 )
 def test_a_tiny_run_learns(tmp_path: Path, sections: dict[str, Any]) -> None:
@@ -180,6 +182,15 @@ def test_recurrent_weights_end_inside_their_bound(tmp_path: Path) -> None:
     network = load(fit(config(train={"learning_rate": 0.3, "epochs": 2}), tmp_path)).network()
     recurrences = [module for module in network.modules() if isinstance(module, Recurrence)]
     assert all(bool((r.u.abs() <= r.bound + 1e-6).all()) and r.bound < 1 for r in recurrences)
+
+
+def test_what_a_penalty_asks_is_part_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(train={"epochs": 1})
+    fit(settings, tmp_path / "free")
+    monkeypatch.setattr(Network, "penalty", lambda network: 5 + 0 * network.head.weight.sum())
+    fit(settings, tmp_path / "dear")
+    losses = [json.loads((tmp_path / name / METRICS).read_text())["loss"] for name in ("free", "dear")]
+    assert losses[1] == pytest.approx(losses[0] + 5, abs=1e-4)
 
 
 def test_missing_values_need_a_model_that_takes_them(tmp_path: Path) -> None:
