@@ -308,8 +308,8 @@ def _watching(folder: Path) -> Iterator[Any]:
             for name, value in p.row.items():
                 if name != "epoch":
                     board.add_scalar(name, value, p.epoch)
-            if "validation_accuracy" in p.row:
-                progress.update(whole, note=f"validation {100 * p.row['validation_accuracy']:.1f} %")
+            validation = f"validation {100 * p.row['validation_accuracy']:.1f} %  " if "validation_accuracy" in p.row else ""
+            progress.update(whole, note=f"{validation}waiting for data {100 * p.row['waiting']:.1f} %")
 
         yield watch
 

@@ -94,6 +94,8 @@ def train(
         found = group.from_first(load(folder / LAST) if group.first else None)
         if found is None or found.config != config or found.subject != subject:
             raise CheckpointError(f"{folder}: was trained with another configuration or other data; resume with the same, or choose another --out")
+        if not found.schedule:
+            raise CheckpointError(f"{folder}: was trained by an earlier version, which kept no schedule; train again with another --out")
         network.load_state_dict(found.training_weights)
         mean_network.load_state_dict(found.weights)
         optimizer.load_state_dict(found.optimizer)

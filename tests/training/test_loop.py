@@ -134,6 +134,12 @@ def test_resuming_with_other_data_is_refused(tmp_path: Path, uninterrupted: Path
         fit(config(**GAPPY), tmp_path, replace(clip_set(48), fps=15.0), resume=True)
 
 
+def test_resuming_what_an_earlier_version_kept_is_refused(tmp_path: Path, uninterrupted: Path) -> None:
+    checkpoint.save(replace(load(uninterrupted / LAST), schedule={}), tmp_path / LAST)
+    with pytest.raises(CheckpointError, match="an earlier version, which kept no schedule"):
+        fit(config(**GAPPY), tmp_path, resume=True)
+
+
 @pytest.mark.parametrize(
     "sections",
     [
