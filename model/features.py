@@ -68,14 +68,14 @@ class SkeletonFeatures(nn.Module):
 
     The root is the mean of `root` joints; of all joints seen, while none of those has been. With `view="body"` the body is turned about
     the vertical axis so that the line from the `right` to the `left` joints, which come in pairs, always points the same way. That makes
-    the features the same from every camera. `bones` are pairs (joint, its parent): where the joint lies, seen from its parent.
+    the features the same from every camera. With `parents`, the joint that each hangs on (itself, for the root), there are bones: where a
+    joint lies, seen from its parent.
     """
 
     root: Tensor
     left: Tensor
     right: Tensor
-    outer: Tensor
-    inner: Tensor
+    parents: Tensor
 
     def __init__(
         self,
@@ -88,18 +88,17 @@ class SkeletonFeatures(nn.Module):
         positions: bool,
         motion: bool,
         missing: bool,
-        bones: tuple[tuple[int, int], ...] = (),
+        parents: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        outer, inner = [bone[0] for bone in bones], [bone[1] for bone in bones]
-        for name, joints_of in (("root", root), ("left", left), ("right", right), ("outer", outer), ("inner", inner)):
+        for name, joints_of in (("root", root), ("left", left), ("right", right), ("parents", parents)):
             self.register_buffer(name, torch.tensor(joints_of, dtype=torch.int64), persistent=False)
-        self.view, self.positions, self.motion, self.missing, self.bones = view, positions, motion, missing, bool(bones)
+        self.view, self.positions, self.motion, self.missing, self.bones = view, positions, motion, missing, bool(parents)
         self.last_seen = LastSeen(joints, 3, missing)
         self.state_width = self.last_seen.state_width
-        self.width = joints * (3 * positions + 3 * motion + missing) + 3 * len(bones) + 2 * (view == "body") * motion
         turning = [(1, 2)] * (view == "body" and motion)
-        self.blocks = [(joints, 3)] * (positions + motion) + turning + [(joints, 1)] * missing  # of what the features are made: (points, numbers of each)
+        self.blocks = [(joints, 3)] * (positions + self.bones + motion) + turning + [(joints, 1)] * missing  # what they are made of: (points, numbers of each)
+        self.width = sum(points * numbers for points, numbers in self.blocks)
         self.standardise = Standardise(self.width)
 
     def forward(self, frames: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,8 +114,8 @@ class SkeletonFeatures(nn.Module):
         if self.positions:
             parts.append(position.flatten(2))
         if self.bones:
-            both = seen.index_select(2, self.outer) * seen.index_select(2, self.inner)
-            parts.append(((position.index_select(2, self.outer) - position.index_select(2, self.inner)) * both).flatten(2))
+            both = seen * seen.index_select(2, self.parents)
+            parts.append(((position - position.index_select(2, self.parents)) * both).flatten(2))
         if self.motion:
             parts.append(motion.flatten(2))
             if self.view == "body":  # turning on the spot is lost by the change of axes: give it back

@@ -148,5 +148,5 @@ def _features(config: ModelConfig, frame_shape: tuple[int, ...], classes: int, l
     root = (names.index("left_hip"), names.index("right_hip"))
     return SkeletonFeatures(
         len(names.joints), root, *sides, view=config.view, positions=config.positions, motion=config.motion, missing=config.missing,
-        bones=names.bones if config.bones else (),
+        parents=tuple(j if p < 0 else p for j, p in enumerate(names.parents)) if config.bones else (),
     )  # fmt: skip

@@ -14,13 +14,13 @@ Features = ChannelFeatures | SkeletonFeatures
 
 # Joints 0 and 1 are the hips, 2 and 3 the shoulders, left first; the rest hang on.
 JOINTS, HIPS, LEFT, RIGHT = 6, (0, 1), (0, 2), (1, 3)
-BONES = ((2, 0), (3, 1), (4, 3), (5, 2))
+PARENTS = (0, 0, 0, 1, 3, 2)
 NAN = float("nan")
 
 
 def skeleton(*, view: str = "camera", missing: bool = True, positions: bool = True, motion: bool = True, bones: bool = False) -> SkeletonFeatures:
-    joined = BONES if bones else ()
-    return SkeletonFeatures(JOINTS, HIPS, LEFT, RIGHT, view=view, positions=positions, motion=motion, missing=missing, bones=joined)
+    parents = PARENTS if bones else ()
+    return SkeletonFeatures(JOINTS, HIPS, LEFT, RIGHT, view=view, positions=positions, motion=motion, missing=missing, parents=parents)
 
 
 def channels(*, missing: bool = True, positions: bool = True, motion: bool = True) -> ChannelFeatures:
@@ -161,10 +161,11 @@ def test_a_bone_is_its_joint_seen_from_the_parent() -> None:
     x = body(3, 1)
     x[:2, :, 3] = NAN
     y, _ = run(skeleton(positions=False, motion=False, bones=True), x)
-    bones = y[:, 0, : 3 * len(BONES)].reshape(3, len(BONES), 3)
-    torch.testing.assert_close(bones[:, [0, 3]], x[:, 0, [2, 5]] - x[:, 0, [0, 2]])
-    assert not bones[:2, [1, 2]].any(), "a bone needs both of its joints"
-    torch.testing.assert_close(bones[2, [1, 2]], x[2, 0, [3, 4]] - x[2, 0, [1, 3]])
+    bones = y[:, 0, : 3 * JOINTS].reshape(3, JOINTS, 3)
+    assert not bones[:, 0].any(), "the root hangs on nothing"
+    torch.testing.assert_close(bones[:, [1, 2, 5]], x[:, 0, [1, 2, 5]] - x[:, 0, [0, 0, 2]])
+    assert not bones[:2, [3, 4]].any(), "a bone needs both of its joints"
+    torch.testing.assert_close(bones[2, [3, 4]], x[2, 0, [3, 4]] - x[2, 0, [1, 3]])
 
 
 @pytest.mark.parametrize("view", ["camera", "body"])

@@ -253,4 +253,4 @@ def test_bones_need_a_skeleton() -> None:
     with pytest.raises(ValueError, match="bones = true needs a skeleton"):
         Network(ModelConfig(bones=True), (3,), 2)
     with_bones = Network(ModelConfig(bones=True), (13, 3), 2, "body-13")
-    assert with_bones.features.width == Network(ModelConfig(), (13, 3), 2, "body-13").features.width + 3 * 12  # every joint but the root has a parent
+    assert with_bones.features.width == Network(ModelConfig(), (13, 3), 2, "body-13").features.width + 3 * 13
