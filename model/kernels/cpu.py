@@ -30,7 +30,9 @@ Array = npt.NDArray[Any]
 Strides = tuple[int, ...]
 
 HALVES = (torch.bfloat16, torch.float16)
-SMALL = 1 << 14  # elements below which handing work to another thread costs more than it saves
+# Elements that make another thread worth its while, about a millisecond's work: where torch's own threads have just been busy they still
+# spin, and ours wait for a core.
+SMALL = 1 << 20
 RELU, TANH, IDENTITY = 0, 1, 2
 KINDS = {"relu": RELU, "tanh": TANH, "identity": IDENTITY}
 LINE = 16  # float32 values in a cache line: slices of units start at multiples of it
@@ -223,7 +225,7 @@ def _span(x: Tensor) -> Array:
 def _over_slices(work: Callable[[slice, slice], None], shape: torch.Size) -> None:
     """Runs `work(rows, units)` over the batch and the units, cut into as many slices as torch has threads."""
     steps, batch, units = shape
-    threads = 1 if steps * batch * units < SMALL else torch.get_num_threads()
+    threads = max(1, min(torch.get_num_threads(), steps * batch * units // SMALL))
     row_cuts = _cuts(batch, min(threads, batch), 1)
     unit_cuts = _cuts(units, max(1, threads // max(1, len(row_cuts))), LINE)
     pieces = [(rows, columns) for rows in row_cuts for columns in unit_cuts]

@@ -42,6 +42,7 @@ QUICK_SHAPES: tuple[Shape, ...] = ((20, 4, 32), (60, 3, 16))
 QUICK_LONG: tuple[Shape, ...] = ((100, 2, 16), (200, 2, 16))
 
 PEERS = ("RNN", "GRU", "LSTM")
+VARIANTS = ("Linear", "IndRNN", "recur", "copy", *PEERS, "plain loop")
 PASSES = 5  # times that the recurrence must touch memory of the size of z: z and y forward; gy, y and gz backward
 LOOP_ELEMENTS = 10_000_000  # above, the plain loop takes minutes with its warm-up and rounds
 
@@ -78,11 +79,11 @@ class Timings:
 
     @property
     def shapes(self) -> list[Shape]:
-        return [shape for shape, found in self.seconds.items() if "Linear" in found]
+        return [shape for shape, found in self.seconds.items() if set(found) != {"IndRNN"}]
 
     @property
     def long(self) -> list[Shape]:
-        return [shape for shape, found in self.seconds.items() if "Linear" not in found]
+        return [shape for shape, found in self.seconds.items() if set(found) == {"IndRNN"}]
 
     def bars(self) -> dict[str, tuple[float, float, bool]]:
         """What was asked for: name to value, bar, and whether the value is to be at most (True) or at least (False) the bar."""
@@ -186,8 +187,8 @@ def run(args: argparse.Namespace, console: Console) -> tuple[Timings, bool]:
         with Progress(*columns, console=console, auto_refresh=False) as progress:  # no thread that draws while something is measured
             task = progress.add_task("", total=(len(args.shapes) + len(args.long)) * args.rounds)
             for shape, long in [*((shape, False) for shape in args.shapes), *((shape, True) for shape in args.long)]:
-                steps = bench.steps(shape, long)
-                if not long and "plain loop" not in steps:
+                steps = {variant: step for variant, step in bench.steps(shape, long).items() if variant in args.only}
+                if not long and "plain loop" in args.only and "plain loop" not in steps:
                     timings.skipped[shape] = {"plain loop": f"minutes long: more than {LOOP_ELEMENTS:,} elements".replace(",", " ")}
                 progress.update(task, description=f"{_name(shape)}: warm-up", refresh=True)
                 for step in steps.values():
@@ -291,6 +292,7 @@ def arguments() -> argparse.Namespace:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where the layers run (default: a GPU if there is one)",
     )
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT", help=f"some of: {', '.join(VARIANTS)}")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     parser.add_argument("--quick", action="store_true", help="small shapes, one round: shows that it works, its figures mean nothing")
     args = parser.parse_args()
@@ -310,7 +312,8 @@ def main() -> int:
     if hasattr(os, "sched_setaffinity"):  # all variants share the same cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 for the Linear too: on a GPU cuDNN's layers use it by default
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the Linear too: cuDNN's layers use it by default
     timings, whole = run(args, console)
     if timings.seconds:
         show(timings, console, args.quick)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 
 ACTIVATIONS = list(RECURRENCES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads_for_little_work() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "SMALL", 1 << 12)
+        yield
 
 
 def case(steps: int, batch: int, units: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -256,11 +264,13 @@ def test_thread_count_follows_torch_and_does_not_change_the_numbers() -> None:
 
 
 FORKED = """
-import os, sys, torch
+import os, sys, torch, model.kernels.cpu as cpu
 from model.recurrence import recur
 torch.set_num_threads(2)
+cpu.SMALL = 1 << 12
 args = torch.randn(300, 8, 64), torch.rand(64), torch.zeros(8, 64), torch.ones(300, 8, dtype=torch.bool)
-expected = recur(*args)          # the parent's thread pool exists now
+expected = recur(*args)
+assert cpu._pool is not None
 child = os.fork()
 if child == 0:
     torch.set_num_threads(2)
