@@ -117,3 +117,25 @@ def test_evaluation_options_change_validation_and_test_alone(tmp_path: Path) -> 
     folder = write_folder(tmp_path / "clips", clip_set(24))
     splits = load(config(data={"path": str(folder), "evaluation_options": {"units": "feet"}}))
     assert [splits.training.units, splits.named("validation").units, splits.named("test").units] == ["metres", "feet", "feet"]
+
+
+def test_a_share_of_every_class_is_held_out_the_same_for_every_seed() -> None:
+    data = {"validation": {}, "validation_share": 0.2}
+    parts = [split(config(seed=seed, data=data), clip_set(60)) for seed in (0, 5)]
+    held_out = [part.named("validation") for part in parts]
+    assert np.bincount(held_out[0].labels).tolist() == [3, 3, 3]
+    assert all(np.array_equal(a, b) for a, b in zip(held_out[0].frames, held_out[1].frames, strict=True))
+    assert len(parts[0].training) + len(held_out[0]) == 45
+    assert "20 % of every class" in describe(config(data=data))
+
+
+@pytest.mark.parametrize("by", ["", "subject"])
+def test_every_training_clip_is_held_out_in_one_fold(by: str) -> None:
+    found = []
+    for fold in range(3):
+        settings = config(data={"validation": {}, "folds": 3, "fold": fold, "fold_by": by})
+        part = split(settings, clip_set(60)).named("validation")
+        found += [clip.tobytes() for clip in part.frames]
+        assert not by or len(set(part.groups["subject"].tolist())) == 1
+    assert len(found) == len(set(found)) == 45
+    assert "fold 3 of 3" in describe(settings)
