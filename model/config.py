@@ -33,6 +33,7 @@ class ModelConfig:
     transition_dropout: float = 0.3  # after each block of a dense stack
     view: Literal["camera", "body"] = "camera"  # skeletons: keep the camera's directions, or turn each body to face the same way
     average: int = 0  # frames over which scores are averaged, older ones fading out; 0: each step's own
+    weighted: bool = False  # let the network learn what each frame counts in that average: most say nothing of an action that is over in a moment
     motion: bool = True  # add what changed since the previous frame
     positions: bool = True  # keep the values themselves (off: only what changes counts, wherever it happens)
     bones: bool = False  # skeletons: add where each joint lies, seen from its parent
@@ -51,6 +52,7 @@ class ModelConfig:
             (self.horizon >= 0, f"horizon must not be negative, got {self.horizon}"),
             (self.average >= 0, f"average must not be negative, got {self.average}"),
             (self.bound in ("clamp", "penalty"), f"bound must be clamp or penalty, got {self.bound!r}"),
+            (self.average > 0 or not self.weighted, "weighted is about the average of scores: set average"),
             (self.memory in ("every", "last", "ones", "normal"), f"memory must be every, last, ones or normal, got {self.memory!r}"),
             (self.head in ("step", "last", "tokens"), f"head must be step, last or tokens, got {self.head!r} (the mean over time is model.average)"),
             (self.filters >= 0, f"filters must not be negative, got {self.filters}"),

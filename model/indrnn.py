@@ -80,10 +80,14 @@ class ScoreAverage(nn.Module):
         self.state_width = classes + 1
         self.register_buffer("decay", torch.full((classes + 1,), recurrent_bound(frames)), persistent=False)
 
-    def forward(self, logits: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (T, B, classes), h (B, classes + 1), mask (T, B) -> averaged probabilities (T, B, classes), next state."""
+    def forward(self, logits: Tensor, h: Tensor, mask: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits (T, B, classes), h (B, classes + 1), mask (T, B) -> averaged probabilities (T, B, classes), next state.
+
+        `weight` (T, B, 1), positive, says how much each step counts; one, where there is none.
+        """
         p = torch.softmax(logits, -1)
-        sums = recur(torch.cat([p, torch.ones_like(p[..., :1])], -1), self.decay, h, mask)
+        weight = torch.ones_like(p[..., :1]) if weight is None else weight
+        sums = recur(torch.cat([p * weight, weight], -1), self.decay, h, mask)
         return sums[..., :-1] / sums[..., -1:].clamp(min=1e-6), sums[-1]  # a row that has not begun has neither
 
 

@@ -33,7 +33,7 @@ class Network(nn.Module):
         self.input_dropout = SequenceDropout(config.input_dropout)
         self.convolution = None if isinstance(self.features, TokenFeatures) or not config.filters else PointConvolution(self.features.blocks, config)
         self.backbone = backbone(self.convolution.width if self.convolution else self.features.width, config)
-        self.head = nn.Linear(self.backbone.width, classes)
+        self.head = nn.Linear(self.backbone.width, classes + config.weighted)  # what a step counts is one more output
         self.average = ScoreAverage(classes, config.average) if config.average else None
         self.layer_widths = [*(self.convolution.state_widths if self.convolution else []), *self.backbone.state_widths]  # state of each recurrent layer
         self.state_widths = [self.features.state_width, *self.layer_widths, *([self.average.state_width] if self.average else [])]
@@ -75,7 +75,11 @@ class Network(nn.Module):
         logits = self.head(x)
         if self.average is None:
             return logits, None, torch.cat(ends, dim=1)
-        averaged, average_end = self.average(logits, parts[-1], mask)
+        weight = None
+        if self.config.weighted:  # at least a thousandth, so that a stream begins with an average; softmax of two is a sigmoid that exports exactly
+            logits, trust = logits[..., :-1], logits[..., -1:]
+            weight = torch.softmax(torch.cat([trust, torch.zeros_like(trust)], -1), -1)[..., :1] + 1e-3
+        averaged, average_end = self.average(logits, parts[-1], mask, weight)
         return logits, averaged, torch.cat([*ends, average_end], dim=1)
 
     def clamp_recurrent_(self) -> None:

@@ -35,6 +35,7 @@ def test_cannot_be_changed() -> None:
         ({"horizon": -1}, "horizon"),
         ({"memory": "none"}, "memory"),
         ({"bound": "wall"}, "bound"),
+        ({"weighted": True}, "weighted is about the average"),
         ({"head": "mean"}, r"head must be step, last or tokens, got 'mean' \(the mean over time is model.average\)"),
         ({"filters": -1}, "filters"),
         ({"kernel": 4}, "kernel must be odd"),

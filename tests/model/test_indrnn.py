@@ -83,6 +83,14 @@ def test_averaged_scores_are_the_mean_while_nothing_has_faded() -> None:
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_counts_in_the_average_by_its_weight() -> None:
+    logits, weight = torch.randn(6, 2, 3), torch.rand(6, 2, 1) + 0.1
+    said, end = ScoreAverage(3, frames=10**7)(logits, torch.zeros(2, 4), torch.ones(6, 2, dtype=torch.bool), weight)
+    p = torch.softmax(logits, -1)
+    torch.testing.assert_close(said[-1], (p * weight).sum(0) / weight.sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(end[:, -1:], weight.sum(0), rtol=1e-4, atol=1e-5)
+
+
 def test_averaged_scores_forget() -> None:
     one_way, other_way = torch.tensor([9.0, -9.0]), torch.tensor([-9.0, 9.0])
     logits = torch.stack([one_way] * 500 + [other_way] * 20)[:, None]

@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...], str | None]] = {
     "convolved": ({"kind": "plain", "layers": 1, "filters": 2, "view": "body", "missing": True}, (13, 3), "body-13"),
     "dense": ({"kind": "dense", "blocks": (2, 1), "growth": 3, "filters": 2, "horizon": 20}, (4,), None),
     "gru": ({"kind": "gru", "layers": 2}, (4,), None),
+    "averaged, weighted": ({"kind": "residual", "layers": 2, "average": 12, "weighted": True, "horizon": 20}, (4,), None),
     "lstm, averaged": ({"kind": "lstm", "layers": 2, "average": 12}, (4,), None),
 }
 

@@ -29,7 +29,10 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "plain, identity": ({"activation": "identity"}, {"RecurrenceIdentity"}),
     "plain, tokens": ({"head": "tokens", "memory": "normal", "bound": "penalty"}, {"Recurrence"}),
     "residual, tanh": ({"kind": "residual", "layers": 2, "activation": "tanh"}, {"RecurrenceTanh"}),
-    "residual, identity, averaged": ({"kind": "residual", "layers": 2, "activation": "identity", "average": 5}, {"RecurrenceIdentity", "Recurrence"}),
+    "residual, identity, averaged by weight": (
+        {"kind": "residual", "layers": 2, "activation": "identity", "average": 5, "weighted": True},
+        {"RecurrenceIdentity", "Recurrence"},
+    ),
     "dense, tanh, norm before": (DENSE | {"activation": "tanh", "norm": "before"}, {"RecurrenceTanh"}),
     "dense, identity, no norm": (DENSE | {"activation": "identity", "norm": "none"}, {"RecurrenceIdentity"}),
     "rnn": ({"kind": "rnn", "horizon": 0}, {"RNNTanh"}),
