@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 Activation = Literal["relu", "tanh", "identity"]
 
@@ -62,13 +63,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: Activation = "relu") -> Tensor:
     """h[t] = activation(z[t] + u * h[t-1]) over time; shapes and types at the top of the module.
 
-    Raises `ValueError` when shapes or types do not fit together, or the activation is none of the three.
+    Raises `ValueError` when shapes or types do not fit together, or the activation is none of the three; `NotImplementedError` for
+    derivatives in forward mode, which `recur_loop` has.
     """
     if activation not in RECURRENCES:
         raise ValueError(f"recur: activation is one of {', '.join(RECURRENCES)}, not {activation!r}")
     if _exporting():
         return _symbol(RECURRENCES[activation], (z, u, h, mask[..., None]), z)
     _check(z, u, h, mask)
+    if not torch.compiler.is_compiling() and any(_has_tangent(x) for x in (z, u, h)):
+        raise NotImplementedError("recur has no derivative in forward mode (jvp): use recur_loop")  # torch would take it for zero
     y: Tensor = _recur(z, u, h, mask, activation)
     return y
 
@@ -90,6 +94,10 @@ def _exporting() -> bool:
 def _symbol(name: str, inputs: tuple[Tensor, ...], like: Tensor) -> Tensor:
     symbol: Tensor = torch.onnx.ops.symbolic(f"{ONNX_DOMAIN}::{name}", inputs, dtype=like.dtype, shape=like.shape, version=1)
     return symbol
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _check(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> None:

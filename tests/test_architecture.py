@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rows from low to high: a module imports only modules of lower rows, never of its own. "datasets.*" stands for every module of that folder.
 LAYERS = {
     "model": [
-        ["contract", "skeletons", "config", "kernels.buffers"],
+        ["contract", "skeletons", "config", "kernels.buffers", "kernels.compiled"],
         ["kernels.*"],
-        ["recurrence", "kernels.norm"],
+        ["recurrence"],
         ["normalise"],
         ["layers"],
         ["indrnn", "features", "baselines", "tokens"],

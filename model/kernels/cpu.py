@@ -3,57 +3,29 @@
 Memory is read and written in the order in which it lies, step by step and row by row: at these sizes the recurrence is bound by memory.
 Tensors of size T are read where they are, whatever their strides. The state is the last row written; backwards it is the gradient
 of the first state.
-
-The compiled loops release the GIL and are run on slices of the batch by a small thread pool of our own rather than by numba's
-`parallel=True`: its thread layers are unsafe when two threads call at once (workqueue) or after a fork (OpenMP). Ours is safe in
-both, and follows `torch.set_num_threads`.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
-import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from model.kernels.buffers import empty
+from model.kernels.compiled import Array, compiled, over_slices
 
-Array = npt.NDArray[Any]
 Strides = tuple[int, ...]
 
 HALVES = (torch.bfloat16, torch.float16)
-# Elements that make another thread worth its while, about a millisecond's work: where torch's own threads have just been busy they still
-# spin, and ours wait for a core.
-SMALL = 1 << 20
 RELU, TANH, IDENTITY = 0, 1, 2
 KINDS = {"relu": RELU, "tanh": TANH, "identity": IDENTITY}
-LINE = 16  # float32 values in a cache line: slices of units start at multiples of it
 
 _FACTORIALS = tuple(1 / math.factorial(n) for n in range(13, 1, -1))
 
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
-_pool_lock = threading.Lock()
 
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`numba.njit` with the machine code cached on disk, where the installation leaves a place for it."""
-    try:
-        compiled = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # a read-only install with no writable cache folder: compile once per process
-        compiled = numba.njit(nogil=True, error_model="numpy")(function)
-    return compiled
-
-
-@_compiled
+@compiled
 def _tanh(x: float) -> float:
     """tanh in double precision to 2 units in the last place, without a branch or a call, so that loops over it are vectorised."""
     a = abs(x)
@@ -70,14 +42,14 @@ def _tanh(x: float) -> float:
     return float(np.copysign(e / (e + 2.0), x))
 
 
-@_compiled
+@compiled
 def _copy_rows(x: Array, at: int, row: int, unit: int, block: Array, rows: int, units: int) -> None:
     for b in range(rows):
         for n in range(units):
             block[b * units + n] = x[at + b * row + n * unit]
 
 
-@_compiled
+@compiled
 def _step(
     z: Array, z_at: int, z_row: int, before: Array, before_at: int, u: Array, moves: Array, moves_at: int, moves_row: int,
     y: Array, y_at: int, width: int, rows: int, kind: int,
@@ -102,7 +74,7 @@ def _step(
                 y_b[n] = z_b[n] + u[n] * before_b[n]
 
 
-@_compiled
+@compiled
 def _forward(
     z: Array, z_strides: Strides, u: Array, h: Array, mask: Array, mask_strides: Strides, y: Array, shape: Strides, kind: int, rows: slice, units: slice
 ) -> None:
@@ -126,7 +98,7 @@ def _forward(
             _step(z, z_at, z_row, y, before_at, decay, mask, mask_at, mask_row, y, y_at, width, count, kind)
 
 
-@_compiled
+@compiled
 def _step_back(
     gy: Array, gy_at: int, gy_row: int, y: Array, y_at: int, before: Array, before_at: int, u: Array, moves: Array, moves_at: int, moves_row: int,
     gz: Array, gu: Array, g: Array, start: int, width: int, rows: int, kind: int,
@@ -162,7 +134,7 @@ def _step_back(
                 g_b[n] = d * u[n]
 
 
-@_compiled
+@compiled
 def _backward(
     gy: Array, gy_strides: Strides, y: Array, u: Array, h: Array, mask: Array, mask_strides: Strides, gz: Array, gu: Array, g: Array,
     shape: Strides, kind: int, rows: slice, units: slice,
@@ -193,7 +165,7 @@ def forward(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> T
         return forward(z.float(), u.float(), h.float(), mask, activation).to(z.dtype)
     y = empty(z.shape, z.dtype)
     arguments = _span(z), z.stride(), _row(u), _row(h), _span(mask), mask.stride(), _row(y), tuple(z.shape), KINDS[activation]
-    _over_slices(lambda rows, units: _forward(*arguments, rows, units), z.shape)
+    over_slices(lambda rows, units: _forward(*arguments, rows, units), z.shape)
     return y
 
 
@@ -205,7 +177,7 @@ def backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activati
     gz, gu_rows, gh = empty(y.shape, y.dtype), torch.zeros(h.shape, dtype=h.dtype), torch.zeros(h.shape, dtype=h.dtype)
     outputs = _row(gz), _row(gu_rows), _row(gh)
     arguments = _span(gy), gy.stride(), _row(y), _row(u), _row(h), _span(mask), mask.stride(), *outputs, tuple(y.shape), KINDS[activation]
-    _over_slices(lambda rows, units: _backward(*arguments, rows, units), y.shape)
+    over_slices(lambda rows, units: _backward(*arguments, rows, units), y.shape)
     return gz, gu_rows.sum(0), gh
 
 
@@ -220,46 +192,3 @@ def _span(x: Tensor) -> Array:
         return _row(x)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     return x.detach().as_strided((extent,), (1,)).numpy()
-
-
-def _over_slices(work: Callable[[slice, slice], None], shape: torch.Size) -> None:
-    """Runs `work(rows, units)` over the batch and the units, cut into as many slices as torch has threads."""
-    steps, batch, units = shape
-    threads = max(1, min(torch.get_num_threads(), steps * batch * units // SMALL))
-    row_cuts = _cuts(batch, min(threads, batch), 1)
-    unit_cuts = _cuts(units, max(1, threads // max(1, len(row_cuts))), LINE)
-    pieces = [(rows, columns) for rows in row_cuts for columns in unit_cuts]
-    if len(pieces) <= 1:
-        for piece in pieces:
-            work(*piece)
-        return
-    others: list[Future[None]] = [_executor(threads).submit(work, *piece) for piece in pieces[1:]]
-    work(*pieces[0])
-    for other in others:
-        other.result()
-
-
-def _cuts(size: int, parts: int, multiple: int) -> list[slice]:
-    if size == 0:
-        return []
-    step = -(-size // max(1, parts))
-    step = -(-step // multiple) * multiple
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _executor(threads: int) -> ThreadPoolExecutor:
-    global _pool, _pool_size
-    with _pool_lock:
-        if _pool is None or _pool_size < threads:
-            # An earlier, smaller pool is left to whoever still waits on it; its idle threads end with it.
-            _pool, _pool_size = ThreadPoolExecutor(threads, thread_name_prefix="recurrence"), threads
-        return _pool
-
-
-def _forget_pool() -> None:
-    """In a forked child the parent's threads do not exist: start anew."""
-    global _pool, _pool_size, _pool_lock
-    _pool, _pool_size, _pool_lock = None, 0, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_pool)

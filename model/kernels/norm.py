@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.kernels.cpu import Array, _compiled, _over_slices
+from model.kernels.compiled import Array, compiled, over_slices
+
+CPU = torch.device("cpu")  # said where tensors are made, or a default device would be taken
 
 
-@_compiled
+@compiled
 def _sums(x: Array, mask: Array, out: Array, units: slice) -> None:
     first, count = units.start, units.stop - units.start
     total = np.zeros(count, np.float64)
@@ -28,7 +30,7 @@ def _sums(x: Array, mask: Array, out: Array, units: slice) -> None:
     out[units] = total
 
 
-@_compiled
+@compiled
 def _squares(x: Array, mask: Array, mean: Array, out: Array, units: slice) -> None:
     first, count = units.start, units.stop - units.start
     centre, total = mean[units].copy(), np.zeros(count, np.float64)
@@ -42,7 +44,7 @@ def _squares(x: Array, mask: Array, mean: Array, out: Array, units: slice) -> No
     out[units] = total
 
 
-@_compiled
+@compiled
 def _scaled(x: Array, mask: Array, scale: Array, shift: Array, y: Array, units: slice) -> None:
     zero = x.dtype.type(0)
     first, count = units.start, units.stop - units.start
@@ -58,7 +60,7 @@ def _scaled(x: Array, mask: Array, scale: Array, shift: Array, y: Array, units: 
                     out[n] = zero
 
 
-@_compiled
+@compiled
 def _gradient_sums(g: Array, x: Array, mask: Array, mean: Array, out: Array, units: slice) -> None:
     first, count = units.start, units.stop - units.start
     centre, plain, weighted = mean[units].copy(), np.zeros(count, np.float64), np.zeros(count, np.float64)
@@ -73,7 +75,7 @@ def _gradient_sums(g: Array, x: Array, mask: Array, mean: Array, out: Array, uni
     out[1, units] = weighted
 
 
-@_compiled
+@compiled
 def _gradient(g: Array, x: Array, mask: Array, factors: Array, gx: Array, units: slice) -> None:
     zero = x.dtype.type(0)
     first, count = units.start, units.stop - units.start
@@ -92,7 +94,7 @@ def _gradient(g: Array, x: Array, mask: Array, factors: Array, gx: Array, units:
 
 def sums(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of x over real steps: (N,) float64."""
-    out = torch.empty(x.shape[-1], dtype=torch.float64)
+    out = torch.empty(x.shape[-1], dtype=torch.float64, device=CPU)
     arrays = [_numpy(v) for v in (x, mask, out)]
     _over_units(_sums, arrays, x)
     return out
@@ -100,7 +102,7 @@ def sums(x: Tensor, mask: Tensor) -> Tensor:
 
 def squares(x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
     """Sum of (x - mean)^2 over real steps: (N,) float64."""
-    out = torch.empty(x.shape[-1], dtype=torch.float64)
+    out = torch.empty(x.shape[-1], dtype=torch.float64, device=CPU)
     arrays = [_numpy(v) for v in (x, mask, mean.to(x.dtype), out)]
     _over_units(_squares, arrays, x)
     return out
@@ -108,7 +110,7 @@ def squares(x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
 
 def scaled(x: Tensor, mask: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift at real steps, zero at masked ones."""
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     arrays = [_numpy(v) for v in (x, mask, scale, shift, y)]
     _over_units(_scaled, arrays, x)
     return y
@@ -116,7 +118,7 @@ def scaled(x: Tensor, mask: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def gradient_sums(g: Tensor, x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
     """Sums over real steps of g and of g * (x - mean): (2, N) float64."""
-    out = torch.empty(2, x.shape[-1], dtype=torch.float64)
+    out = torch.empty(2, x.shape[-1], dtype=torch.float64, device=CPU)
     arrays = [_numpy(v) for v in (g, x, mask, mean.to(x.dtype), out)]
     _over_units(_gradient_sums, arrays, x)
     return out
@@ -124,7 +126,7 @@ def gradient_sums(g: Tensor, x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
 
 def gradient(g: Tensor, x: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
     """g * factors[0] + x * factors[1] + factors[2] at real steps, zero at masked ones; factors (3, N)."""
-    gx = torch.empty(x.shape, dtype=x.dtype)
+    gx = torch.empty_like(x, memory_format=torch.contiguous_format)
     arrays = [_numpy(v) for v in (g, x, mask, factors, gx)]
     _over_units(_gradient, arrays, x)
     return gx
@@ -136,4 +138,4 @@ def _numpy(x: Tensor) -> Array:
 
 def _over_units(work: Callable[..., None], arrays: list[Array], x: Tensor) -> None:
     """Runs `work(*arrays, units)` on the threads of the recurrence, with slices of the units alone: a sum over rows has one writer."""
-    _over_slices(lambda _, units: work(*arrays, units), torch.Size((x.shape[0] * x.shape[1], 1, x.shape[2])))
+    over_slices(lambda _, units: work(*arrays, units), torch.Size((x.shape[0] * x.shape[1], 1, x.shape[2])))

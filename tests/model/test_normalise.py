@@ -53,6 +53,14 @@ def test_half_types_are_normalised_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(y, expected[0].to(dtype))
 
 
+def test_a_default_device_changes_nothing() -> None:
+    x, mask, weight, bias = case()
+    expected = outcome(x, mask, weight, bias)[0]
+    with torch.device("meta"):
+        y = normalise(x, mask, weight, bias, 1e-5)[0]
+    assert torch.equal(y, expected)
+
+
 def test_threads_change_no_bits() -> None:
     x, *rest = case(steps=200, lengths=(200, 150, 200), units=64, dtype=torch.float32)
     before, results = torch.get_num_threads(), []

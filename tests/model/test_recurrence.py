@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from model.kernels import cpu
+from model.kernels import compiled, cpu
 from model.recurrence import RECURRENCES, Activation, hold, recur, recur_loop
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ ACTIVATIONS = list(RECURRENCES)
 @pytest.fixture(autouse=True, scope="module")
 def _threads_for_little_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "SMALL", 1 << 12)
+        patch.setattr(compiled, "SMALL", 1 << 12)
         yield
 
 
@@ -263,14 +264,25 @@ def test_thread_count_follows_torch_and_does_not_change_the_numbers() -> None:
     assert all(torch.equal(r, results[0]) for r in results)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, on first use of the mode
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_derivatives_in_forward_mode_are_refused_rather_than_zero(which: int) -> None:
+    inputs = list(case(5, 2, 3))
+    with forward_ad.dual_level():
+        inputs[which] = forward_ad.make_dual(inputs[which], torch.ones_like(inputs[which]))
+        with pytest.raises(NotImplementedError, match="use recur_loop"):
+            recur(*inputs)
+        assert forward_ad.unpack_dual(recur_loop(*inputs)).tangent is not None
+
+
 FORKED = """
-import os, sys, torch, model.kernels.cpu as cpu
+import os, sys, torch, model.kernels.compiled as compiled
 from model.recurrence import recur
 torch.set_num_threads(2)
-cpu.SMALL = 1 << 12
+compiled.SMALL = 1 << 12
 args = torch.randn(300, 8, 64), torch.rand(64), torch.zeros(8, 64), torch.ones(300, 8, dtype=torch.bool)
 expected = recur(*args)
-assert cpu._pool is not None
+assert compiled._pool is not None
 child = os.fork()
 if child == 0:
     torch.set_num_threads(2)
