@@ -13,7 +13,7 @@ from model.baselines import Baseline
 from model.config import BASELINES, ModelConfig
 from model.dense import Dense
 from model.indrnn import IndRNN, Recurrence, kaiming
-from model.layers import SequenceDropout, SequenceNorm
+from model.layers import SequenceDropout, SequenceNorm, normed
 
 
 class Plain(nn.Module):
@@ -32,8 +32,8 @@ class Plain(nn.Module):
         ends = []
         for cell, before, after, h in zip(self.cells, self.before, self.after, states, strict=True):
             assert isinstance(cell, IndRNN)  # what ModuleList holds, for the type checker
-            x, end = cell.recurrence(_normed(before, cell.linear(x), mask), h, mask)
-            x = self.dropout(_normed(after, x, mask))
+            x, end = cell.recurrence(normed(before, cell.linear(x), mask), h, mask)
+            x = self.dropout(normed(after, x, mask))
             ends.append(end)
         return x, ends
 
@@ -79,10 +79,6 @@ class Residual(nn.Module):
             ends += block_ends
         x, end = self.recurrence(self.norm(x, mask), states[-1], mask)
         return x, [*ends, end]
-
-
-def _normed(norm: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    return norm(x, mask) if isinstance(norm, SequenceNorm) else x
 
 
 Backbone = Plain | Residual | Dense | Baseline

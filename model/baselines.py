@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from model.config import ModelConfig
-from model.layers import SequenceDropout, SequenceNorm, at_end
+from model.layers import SequenceDropout, SequenceNorm, at_end, normed
 from model.recurrence import ONNX_DOMAIN
 
 Kind = Literal["rnn", "irnn", "gru", "lstm"]
@@ -87,7 +87,7 @@ class Baseline(nn.Module):
         ends = []
         for layer, after, state in zip(self.layers, self.after, states, strict=True):
             x, end = layer(x, state, mask)
-            x = self.dropout(after(x, mask) if isinstance(after, SequenceNorm) else x)
+            x = self.dropout(normed(after, x, mask))
             ends.append(end)
         return x, ends
 

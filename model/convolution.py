@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.indrnn import Recurrence, kaiming
-from model.layers import SequenceDropout, SequenceNorm
+from model.layers import SequenceDropout, SequenceNorm, normed
 
 
 class PointConvolution(nn.Module):
@@ -41,9 +41,5 @@ class PointConvolution(nn.Module):
         maps = torch.cat([part.reshape(-1, *block) for part, block in blocks if block[0] == self.points], -1)  # (T * B, points, maps)
         by = [part for part, block in blocks if block[0] != self.points]
         z = self.convolution(maps.transpose(1, 2)).reshape(*x.shape[:2], self.recurrence.units)
-        if isinstance(self.before, SequenceNorm):
-            z = self.before(z, mask)
-        y, end = self.recurrence(z, states[0], mask)
-        if isinstance(self.after, SequenceNorm):
-            y = self.after(y, mask)
-        return torch.cat([self.dropout(y), *by], -1), [end]
+        y, end = self.recurrence(normed(self.before, z, mask), states[0], mask)
+        return torch.cat([self.dropout(normed(self.after, y, mask)), *by], -1), [end]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.indrnn import IndRNN
-from model.layers import SequenceDropout, SequenceNorm
+from model.layers import SequenceDropout, SequenceNorm, normed
 
 FIRST = 6  # width of the first layer, in multiples of the growth
 BOTTLENECK = 4  # inner width of a dense layer, in multiples of the growth
@@ -25,9 +25,9 @@ class DenseCell(nn.Module):
         self.state_widths = [units]
 
     def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-        z = _normed(self.before, self.indrnn.linear(x), mask)
+        z = normed(self.before, self.indrnn.linear(x), mask)
         y, end = self.indrnn.recurrence(z, states[0], mask)
-        return self.dropout(_normed(self.after, y, mask)), [end]
+        return self.dropout(normed(self.after, y, mask)), [end]
 
 
 class DenseLayer(nn.Module):
@@ -68,7 +68,3 @@ class Dense(nn.Module):
             x, part_ends = part(x, states[len(ends) : len(ends) + len(widths)], mask)
             ends += part_ends
         return x, ends
-
-
-def _normed(norm: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    return norm(x, mask) if isinstance(norm, SequenceNorm) else x

@@ -100,6 +100,11 @@ class SequenceDropout(nn.Module):
         return x * (keep / (1.0 - self.rate))
 
 
+def normed(norm: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """What `norm`, a `SequenceNorm` or the identity in its place, makes of x (T, B, N)."""
+    return norm(x, mask) if isinstance(norm, SequenceNorm) else x
+
+
 def take_part(network: nn.Module, share: Share | None) -> None:
     """Gives every layer that looks across the batch its share of it; None: the batch is all here."""
     for module in network.modules():
