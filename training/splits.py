@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import numpy.typing as npt
 
 from model.contract import ManifestError, decode
 from training.config import Config, ConfigError, DataConfig
@@ -37,6 +38,14 @@ class Splits:
         if clips is None:
             raise DataError(f"this run has no {name} split")
         return clips
+
+    def copies(self, name: str) -> npt.NDArray[np.bool_]:
+        """Which clips of this part are in the training clips as well, number for number, (N,).
+
+        Public data sets have such: a network may know them by heart, so they say nothing of clips it has not seen.
+        """
+        known = {clip.tobytes() for clip in self.training.frames}
+        return np.array([clip.tobytes() in known for clip in self.named(name).frames])
 
 
 def load(config: Config) -> Splits:

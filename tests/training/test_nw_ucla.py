@@ -141,3 +141,10 @@ def test_real_data() -> None:
     frames, joint = np.concatenate(clips.frames), layout("kinect-v1").index
     assert 2.0 < np.median(frames[..., 2]) < 3.5
     assert np.median(frames[:, joint("head"), 1] - frames[:, joint("left_ankle"), 1]) > 1.0
+    known = {clip.tobytes() for clip in clips.where("split", ["train"]).frames}
+    copied = [
+        clips.classes[label]
+        for clip, label, part in zip(clips.frames, clips.labels, clips.groups["split"], strict=True)
+        if part == "test" and clip.tobytes() in known
+    ]
+    assert {name: copied.count(name) for name in set(copied)} == {"pick up with two hands": 50, "drop trash": 45}, "of view 3 these are the files of view 2"

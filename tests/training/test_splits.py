@@ -69,6 +69,19 @@ def test_a_part_is_asked_for_by_name() -> None:
             splits.named(name)
 
 
+def test_finds_held_out_clips_that_training_has_as_well() -> None:
+    clips = clip_set(60)
+    is_test = clips.groups["split"] == "test"
+    test, training = np.flatnonzero(is_test), np.flatnonzero(~is_test & (clips.groups["subject"] == "a"))
+    frames = list(clips.frames)
+    frames[test[3]] = frames[training[0]].copy()
+    frames[test[5]] = frames[training[1]] + np.float32(1e-6)
+    splits = split(config(), replace(clips, frames=tuple(frames)))
+    assert np.flatnonzero(splits.copies("test")).tolist() == [3], "only what is the same number for number"
+    assert not splits.copies("validation").any()
+    assert splits.copies("training").all()
+
+
 def test_says_what_was_chosen_on_which_part() -> None:
     assert describe(config()) == "epoch and configuration chosen on subject c of the training data, held out"
     assert "trained on all training data" in describe(config(final=True))
