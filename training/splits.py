@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import numpy.typing as npt
 
 from model.contract import ManifestError, decode
 from training.config import Config, ConfigError, DataConfig
