@@ -2,7 +2,8 @@
 
     weights      4 bytes a parameter, each of: weights, their running mean, gradients, two moments of Adam           20 P
     activations  what sixteen more frames add to what autograd keeps of a small batch, times clips * frames / 16 of the largest batch,
-                 and half as much again, as measured, for results in between and gradients on their way back
+                 and half as much again, as measured, for results in between and gradients on their way back: but half of
+                 the workspace of oneDNN's LSTM, more of which is never written to
     batches      frames of the batches that are made ahead
 
 In float32, also where half precision would need less; what torch and the data themselves take is there already. An estimate:
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.kernels.buffers import release
 from model.network import Network
 from training.checkpoint import Subject, build
 from training.config import Config, ConfigError
@@ -66,8 +68,13 @@ def check(config: Config, subject: Subject, steps: int, device: torch.device, pr
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process may still take: of its GPU; else its share of what the machine or its container has free."""
+    """Bytes that this process may still take: of its GPU; else its share of what the machine or its container has free.
+
+    What an earlier run of this process left is given back first.
+    """
+    release()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     free = [_field(Path("/proc/meminfo"), "MemAvailable:") or (1 << 62)]
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
@@ -78,16 +85,17 @@ def available(device: torch.device) -> int:
 
 def _activations(network: Network, frames: int) -> int:
     """Bytes for so many frames in all: what sixteen frames add to a small batch, times as many."""
-    return round(1.5 * (_kept(network, 16) - _kept(network, 8)) * frames / 16)
+    return round((_kept(network, 16) - _kept(network, 8)) * frames / 16)
 
 
-def _kept(network: Network, steps: int) -> int:
-    """Bytes that autograd keeps of two clips of so many steps, each storage counted once."""
-    kept: dict[int, int] = {}
+def _kept(network: Network, steps: int) -> float:
+    """Bytes that autograd keeps of two clips of so many steps, each storage counted once, and what goes with them."""
+    kept: dict[int, float] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        workspace = tensor.dtype == torch.uint8  # of oneDNN's LSTM
+        kept[storage.data_ptr()] = storage.nbytes() * (0.5 if workspace else 1.5)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

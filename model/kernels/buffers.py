@@ -65,6 +65,13 @@ class Pool:
         while self._idle and self._used + self.idle > self._peak:
             del self._idle[0]
 
+    def release(self) -> None:
+        """Gives back all that is not in use."""
+        with self._lock:
+            self._collect()
+            self._idle.clear()
+            self._peak = self._used
+
     def forget_threads(self) -> None:
         """In a forked child the thread that held the lock at that moment does not exist."""
         self._lock = threading.Lock()
@@ -81,5 +88,5 @@ def _rounded(size: int) -> int:
 
 
 _pool = Pool()
-empty = _pool.empty
+empty, release = _pool.empty, _pool.release
 os.register_at_fork(after_in_child=_pool.forget_threads)
