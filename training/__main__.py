@@ -33,7 +33,7 @@ from training.loop import METRICS, TrainingDiverged
 from training.loop import Progress as Standing
 from training.loop import train as fit
 from training.onnx_file import read_manifest
-from training.preflight import check
+from training.preflight import check, check_values
 from training.publish import metrics_of, next_version, publish
 from training.report import draw_confusion, draw_curves, mean_and_deviation, recall_table, runs_table
 from training.samples import write_samples
@@ -83,7 +83,7 @@ def train(
 @app.command()
 def crossvalidate(
     config: ConfigFile,
-    folds: Annotated[int, typer.Option(help="parts of the training data, each held out once")] = 5,
+    folds: Annotated[int, typer.Option(min=2, help="parts of the training data, each held out once")] = 5,
     by: Annotated[str, typer.Option(help="group that is never divided, e.g. subject; with as many folds as groups each is left out in turn")] = "",
     overrides: Override = None,
     data: Data = "",
@@ -92,7 +92,7 @@ def crossvalidate(
 ) -> None:
     """Train once for each part of the training data, held out; the test clips are not touched. Runs and table go into OUT/NAME/folds-FOLDS."""
     parts = ["data.validation={}", "data.validation_share=0.0", f"data.folds={folds}", f'data.fold_by="{by}"', "final=false"]
-    runs = [_with_path(load(config, [*(overrides or []), *parts, f"data.fold={fold}"]), data) for fold in range(max(1, folds))]
+    runs = [_with_path(load(config, [*(overrides or []), *parts, f"data.fold={fold}"]), data) for fold in range(folds)]
     whole = out / runs[0].name / (f"folds-{folds}" + (f"-by-{by}" if by else ""))
     folders = [whole / f"fold-{run.data.fold}-seed-{run.seed}" for run in runs]
     with _joined(runs[0], folders, resume) as group:
@@ -119,8 +119,11 @@ def evaluate(
     ensemble: Annotated[bool, typer.Option("--ensemble", help="also average the scores of all these runs, clip by clip")] = False,
 ) -> None:
     """Run trained networks over the test clips, once each: results are kept and shown again after that. Of several runs, mean and deviation."""
-    for run in runs:
-        _evaluate(run, part, data, alone=len(runs) == 1)
+    found = {run: checkpoints.load(run / checkpoints.BEST) for run in runs}
+    if ensemble:
+        scores.check_same_clips(found, part)
+    for run in found:
+        _evaluate(run, found[run], part, data, alone=len(runs) == 1)
     if len(runs) == 1 and not ensemble:
         return
     kept = {str(run): json.loads((run / f"{part}.json").read_text()) for run in runs}
@@ -143,6 +146,7 @@ def export(
     splits = load_splits(_with_path(found.config, data))
     part = "test" if splits.test is not None else "validation" if splits.validation is not None else "training"
     clips = splits.named(part)
+    check_values(found.config, clips, part)
     result = run_clips(found.network(), clips)
     protocol = found.config.export.protocol or f"{part} clips, score at the last frame"
     metrics = metrics_of(protocol, accuracy=result.accuracy, frame_accuracy=result.frame_accuracy)
@@ -216,6 +220,8 @@ def _look_for_runs(folders: list[Path], resume: bool) -> None:
 def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Group) -> Evaluation | None:
     """One run; what it came to on the validation part, for the first process, where there is one."""
     check(settings, splits.training, splits.validation, group.device, group.size)
+    if splits.test is not None:  # it is not run, but would not be found faulty before training is done
+        check_values(settings, splits.test, "test")
     if group.first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(tomli_w.dumps(settings.to_dict()))
@@ -243,9 +249,8 @@ def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Gr
     return result
 
 
-def _evaluate(run: Path, part: str, data: str, alone: bool) -> None:
+def _evaluate(run: Path, found: checkpoints.Checkpoint, part: str, data: str, alone: bool) -> None:
     """Runs the clips unless that was done, and keeps figures and scores beside the checkpoint."""
-    found = checkpoints.load(run / checkpoints.BEST)
     kept = run / f"{part}.json"
     _say(describe(found.config))
     if part in PARTS and kept.exists():
@@ -254,6 +259,7 @@ def _evaluate(run: Path, part: str, data: str, alone: bool) -> None:
             Console().print_json(kept.read_text())
         return
     clips = load_splits(_with_path(found.config, data)).named(part)
+    check_values(found.config, clips, part)
     device = choose_device(replace(found.config.train, device="cpu" if found.config.train.device == "cpu" else "auto"))
     result = run_clips(found.network().to(device), clips)
     draw_confusion(result, clips.classes, run / f"confusion-{part}.png")

@@ -58,6 +58,11 @@ class Group:
             _or_lost(lambda: dist.broadcast_object_list(box, device=self.device), self.rank)
         return box[0]  # type: ignore[no-any-return]
 
+    def agree(self, value: object) -> None:
+        """Raises `ConfigError` where a process has another configuration or other clips than the first: they would wait for each other."""
+        if self.from_first(value) != value:
+            raise ConfigError(f"process {self.rank}: configuration or clips are not those of the first process: start all with the same command and data")
+
     def total_gradients(self, network: nn.Module, figures: Tensor) -> Tensor:
         """Adds up gradients and, in the same message, a few figures (K,) of the step, which are returned."""
         if self.size == 1:

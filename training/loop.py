@@ -51,7 +51,7 @@ class Progress:
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite; the last checkpoint is intact."""
+    """The loss or its gradients are no longer finite; the last checkpoint is intact."""
 
 
 def train(
@@ -73,6 +73,7 @@ def train(
     t, subject = config.train, Subject.of(training)
     group = group or Group(device=choose_device(t))
     check(config, training, validation, group.device, group.size)
+    group.agree((config.seed, config.model, config.train, config.augment, subject, *(_outline(clips) for clips in (training, validation) if clips)))
     torch.set_num_threads(t.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     network = build(config, subject)
@@ -130,7 +131,9 @@ def train(
                 if not math.isfinite(value):
                     raise TrainingDiverged(f"loss is {value} in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate or train.clip_gradient")
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(network.parameters(), t.clip_gradient)
+                norm = nn.utils.clip_grad_norm_(network.parameters(), t.clip_gradient)
+                if not scaler.is_enabled() and not math.isfinite(norm):  # the scaler leaves such a step out, and expects a few
+                    raise TrainingDiverged(f"gradients are not finite in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate")
                 scaler.step(optimizer)
                 scaler.update()
                 schedule.step()
@@ -196,6 +199,11 @@ def _samples(clips: ClipSet, at_most: int = 512) -> list[tuple[Tensor, Tensor]]:
     chosen = np.linspace(0, len(clips) - 1, min(at_most, len(clips))).astype(int)
     batches = [collate([clips.frames[i] for i in chosen[j : j + 64]], [0] * len(chosen[j : j + 64])) for j in range(0, len(chosen), 64)]
     return [(batch.frames, batch.lengths) for batch in batches]
+
+
+def _outline(clips: ClipSet) -> tuple[list[int], list[int]]:
+    """What batches are made by: lengths and labels."""
+    return [len(clip) for clip in clips.frames], clips.labels.tolist()
 
 
 def _drop_rows_after(path: Path, epoch: int) -> None:

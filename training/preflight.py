@@ -22,7 +22,7 @@ def check(config: Config, training: ClipSet, validation: ClipSet | None, device:
         raise ConfigError("model.head = tokens: there is no reader of token sequences here; train such a network from Python")
     for name, clips in (("training", training), ("validation", validation)):
         if clips is not None:
-            _check_values(config, clips, name)
+            check_values(config, clips, name)
     if absent := sorted(set(range(len(training.classes))) - set(training.labels.tolist())):
         raise DataError(f"{training.source.name}: no training clip is left of class {training.classes[absent[0]]!r}")
     if validation is not None and (validation.frame_shape, validation.classes) != (training.frame_shape, training.classes):
@@ -34,7 +34,8 @@ def check(config: Config, training: ClipSet, validation: ClipSet | None, device:
     memory.check(config, Subject.of(training), longest, device, processes)
 
 
-def _check_values(config: Config, clips: ClipSet, part: str) -> None:
+def check_values(config: Config, clips: ClipSet, part: str) -> None:
+    """Raises `DataError` for infinities, `ConfigError` for missing values that the model has no place for."""
     for i, clip in enumerate(clips.frames):
         if np.isfinite(clip).all():
             continue

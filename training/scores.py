@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.checkpoint import Checkpoint
 from training.evaluate import Evaluation
 
 
@@ -29,6 +30,20 @@ def load(path: Path) -> Evaluation:
         raise ScoresError(f"{path}: no scores were kept; delete {path.with_suffix('.json').name} beside it and evaluate again") from None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ScoresError(f"{path}: not scores of an evaluation: {error}") from None
+
+
+def check_same_clips(runs: dict[Path, Checkpoint], part: str) -> None:
+    """Raises `ScoresError` unless this part of the data, its classes included, is the same in all runs by their configurations."""
+
+    def clips(run: Checkpoint) -> tuple[object, ...]:
+        data = run.config.data
+        held_out = (data.validation, data.validation_share, data.folds, data.fold, data.fold_by) if part != "test" else ()
+        return run.subject.classes, data.reader, data.test, held_out
+
+    first, *others = runs
+    for other in others:
+        if clips(runs[other]) != clips(runs[first]):
+            raise ScoresError(f"{other}: its {part} clips or its classes are not those of {first}; scores are averaged clip by clip")
 
 
 def average(results: list[Evaluation]) -> Evaluation:

@@ -26,7 +26,6 @@ from training.splits import load as load_splits
 
 ROOT = Path(__file__).parents[2]
 BATCH = 11
-NO_TIMES = {"seconds": 0, "waiting": 0}
 # Everything that draws random numbers or looks across the batch is on.
 SECTIONS: dict[str, Any] = {
     "model": {"norm": "after", "dropout": 0.3, "input_dropout": 0.1, "average": 8},
@@ -60,32 +59,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder / "tiny.toml", data={"path": str(data)}, **SECTIONS)
 
 
-@pytest.fixture(scope="module")
-def together(settings: Path) -> Path:
-    run(2, settings, settings.parent / "two")
-    return settings.parent / "two" / "tiny" / "seed-0"
-
-
-def test_two_processes_equal_one(settings: Path, together: Path) -> None:
-    training = load_splits(load(together / LAST).config).training
-    assert len(training) % BATCH == 1, "the last batch is to leave a process without rows"
-    assert epoch_batches(training, BATCH, 16) == len(training) // BATCH + 1
-    alone = settings.parent / "one"
-    alone.mkdir()
-    splits = load_splits(load_config(settings))
-    train(load_config(settings), splits.training, splits.validation, alone, watch=lambda _: None)
-    for ours, theirs in zip(rows(together), rows(alone), strict=True):
-        for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "validation_frame_accuracy", "learning_rate"):
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["epoch"], name)
-    ours, theirs = load(together / LAST), load(alone / LAST)
-    statistics = [name for name in ours.weights if "running" in name]
-    assert statistics
-    for name, value in ours.training_weights.items():
-        torch.testing.assert_close(value, theirs.training_weights[name], rtol=1e-3, atol=2e-5, msg=name)
-    for name in statistics:
-        torch.testing.assert_close(ours.weights[name], theirs.weights[name], rtol=1e-5, atol=1e-5, msg=name)
-
-
 def wait_for(metrics: Path, count: int, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 60
     while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
@@ -99,11 +72,12 @@ def workers(launcher: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc here: the processes of a run cannot be found, so none can be killed")
-def test_a_dead_process_ends_the_run_which_resumes_as_if_nothing_had_been(settings: Path, together: Path, tmp_path: Path) -> None:
-    folder, metrics = tmp_path / "tiny" / "seed-0", tmp_path / "tiny" / "seed-0" / "metrics.jsonl"
-    process = subprocess.Popen(command(2, settings, tmp_path), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+def test_two_processes_one_of_which_dies_once_equal_one(settings: Path) -> None:
+    out = settings.parent / "two"
+    together = out / "tiny" / "seed-0"
+    process = subprocess.Popen(command(2, settings, out), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        wait_for(metrics, 1, process)
+        wait_for(together / "metrics.jsonl", 1, process)
         os.kill(workers(process.pid)[1], signal.SIGKILL)
         _, err = process.communicate(timeout=60)
     finally:
@@ -113,11 +87,53 @@ def test_a_dead_process_ends_the_run_which_resumes_as_if_nothing_had_been(settin
     assert process.returncode != 0
     assert "another process of this run ended or cannot be reached; go on with --resume" in err
     assert "SIGKILL" in err
-    run(2, settings, tmp_path, "--resume")
-    ours, theirs = load(folder / LAST), load(together / LAST)
-    assert ours.epoch == theirs.epoch == 4
-    assert all(torch.equal(value, theirs.weights[name]) for name, value in ours.weights.items())
-    assert [row | NO_TIMES for row in rows(folder)] == [row | NO_TIMES for row in rows(together)]
+    assert load(together / LAST).epoch < 4
+    run(2, settings, out, "--resume")
+
+    training = load_splits(load(together / LAST).config).training
+    assert len(training) % BATCH == 1, "the last batch is to leave a process without rows"
+    assert epoch_batches(training, BATCH, 16) == len(training) // BATCH + 1
+    alone = settings.parent / "one"
+    alone.mkdir()
+    splits = load_splits(load_config(settings))
+    train(load_config(settings), splits.training, splits.validation, alone, watch=lambda _: None)
+    assert len(rows(together)) == 4
+    for ours, theirs in zip(rows(together), rows(alone), strict=True):
+        for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "validation_frame_accuracy", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["epoch"], name)
+    ours, theirs = load(together / LAST), load(alone / LAST)
+    statistics = [name for name in ours.weights if "running" in name]
+    assert statistics
+    for name, value in ours.training_weights.items():
+        torch.testing.assert_close(value, theirs.training_weights[name], rtol=1e-3, atol=2e-5, msg=name)
+    for name in statistics:
+        torch.testing.assert_close(ours.weights[name], theirs.weights[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+FORKED = """
+import os, socket, sys
+from training.config import ConfigError, TrainConfig
+from training.distributed import ProcessLost, joined
+with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+child = os.fork()
+os.environ |= {"WORLD_SIZE": "2", "RANK": str(int(child == 0)), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+code = 3
+with joined(TrainConfig(device="cpu")) as group:
+    group.agree("the same")
+    try:
+        group.agree(("data of", group.rank))
+        code = 0 if group.first else 4
+    except ConfigError as error:
+        code = 0 if "process 1: configuration or clips are not those of the first process" in str(error) else 5
+if child == 0:
+    os._exit(code)
+sys.exit(code or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_processes_with_other_clips_are_refused_before_they_wait_for_each_other() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], cwd=ROOT, env=environment(), check=True, timeout=60)
 
 
 def test_one_process_is_a_group_that_adds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

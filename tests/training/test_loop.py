@@ -221,6 +221,22 @@ def test_divergence_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkey
     assert load(tmp_path / LAST).epoch == 1
 
 
+def test_gradients_that_are_not_finite_spoil_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last batch of an epoch, whose weights would be kept: no loss would show it."""
+    calls, whole = 0, loop.sequence_loss
+
+    def broken(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = whole(*arguments, **options)
+        return loss + (loss - loss.detach()).sqrt() if calls == 4 else loss  # adds 0, whose gradient is infinite
+
+    monkeypatch.setattr(loop, "sequence_loss", broken)
+    with pytest.raises(TrainingDiverged, match="gradients are not finite in epoch 1, batch 4"):
+        fit(config(), tmp_path)
+    assert not (tmp_path / LAST).exists()
+
+
 @pytest.mark.parametrize(
     "section",
     [

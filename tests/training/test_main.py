@@ -213,13 +213,13 @@ def _interrupted(config: Path, out: Path, metrics: Path, rows: int) -> tuple[int
 
 
 def test_ctrl_c_keeps_the_last_epoch_and_resume_ends_where_an_unbroken_run_ends(training: Any, tmp_path: Path, folder: Path) -> None:
-    config = write_config(tmp_path / "tiny.toml", data={"path": str(folder)}, train={"epochs": 40})
+    config = write_config(tmp_path / "tiny.toml", data={"path": str(folder)}, train={"epochs": 24})
     run, other = tmp_path / "runs" / "tiny" / "seed-0", tmp_path / "unbroken" / "tiny" / "seed-0"
     code, err = _interrupted(config, tmp_path / "runs", run / "metrics.jsonl", 3)
     assert code == 130
     assert "stopped; the last whole epoch is kept" in err
     assert "Traceback" not in err
-    assert 2 <= load(run / "last.pt").epoch < 40
+    assert 2 <= load(run / "last.pt").epoch < 24
     assert (run / "curves.png").exists()
 
     assert training("train", config, "--out", tmp_path / "runs", "--resume").code == 0
@@ -231,7 +231,7 @@ def test_ctrl_c_keeps_the_last_epoch_and_resume_ends_where_an_unbroken_run_ends(
         assert all(torch.equal(value, theirs.training_weights[key]) for key, value in ours.training_weights.items())
     rows = [[json.loads(line) | {"seconds": 0, "waiting": 0} for line in (of / "metrics.jsonl").read_text().splitlines()] for of in (run, other)]
     assert rows[0] == rows[1]
-    assert len(rows[0]) == 40
+    assert len(rows[0]) == 24
 
 
 def test_a_run_stopped_in_its_first_epoch_may_simply_be_started_again(training: Any, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,21 @@ def test_crossvalidation_holds_every_subject_out_once(training: Any, one_line: A
     assert "holds a run" in one_line("crossvalidate", config, "--out", tmp_path / "runs", "--folds", "3", "--by", "subject")
     assert "4 folds of 3 groups (a, b, c)" in training("crossvalidate", config, "--out", tmp_path / "runs", "--folds", "4", "--by", "subject").err
     assert "no group 'person'" in training("crossvalidate", config, "--out", tmp_path / "runs", "--by", "person").err
-    assert "data.folds must be at least 2" in one_line("crossvalidate", config, "--folds", "1")
+    assert training("crossvalidate", config, "--folds", "1").code == 2
+    folds = [whole / f"fold-{fold}-seed-0" for fold in range(2)]  # as many clips, in the same order of classes
+    assert "fold-1-seed-0: its validation clips or its classes are not those" in one_line("evaluate", *folds, "--split", "validation", "--ensemble")
+    assert not list(whole.glob("*/validation.json"))
+    assert training("evaluate", *folds, "--ensemble").code == 0
+
+
+def test_a_fault_of_the_test_clips_is_found_before_training(training: Any, tmp_path: Path) -> None:
+    clips = clip_set(24)
+    clips.frames[int(np.flatnonzero(clips.groups["split"] == "test")[1])][2] = np.nan
+    data = {"path": str(write_folder(tmp_path / "clips", clips)), "options": {"units": "metres", "fps": 30, "missing": True}}
+    result = training("train", write_config(tmp_path / "tiny.toml", data=data), "--out", tmp_path / "runs")
+    assert result.code == 1
+    assert "values are missing in test clips: set model.missing = true (the first is clip 1)" in result.err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_cannot_fit_leaves_no_run(training: Any, tmp_path: Path, folder: Path) -> None:
