@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Total = Callable[[Tensor], Tensor]
 
@@ -27,7 +28,7 @@ Total = Callable[[Tensor], Tensor]
 def normalise(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, eps: float, total: Total | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The normalised x, and mean (N,), variance (N,) and number of the real steps, which are not differentiable.
 
-    Half types are normalised in float32 and come out as they came in.
+    Half types are normalised in float32 and come out as they came in. Differentiable once: torch raises where a gradient's gradient is asked for.
     """
     whole = x if x.dtype in (torch.float32, torch.float64) else x.float()
     y, mean, var, count = _Normalise.apply(whole, mask, weight, bias, eps, total or _alone)  # type: ignore[no-untyped-call]
@@ -53,6 +54,7 @@ class _Normalise(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, weight, mean, inverse, count = ctx.saved_tensors
         kernel = _kernel(x)

@@ -53,6 +53,14 @@ def test_half_types_are_normalised_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(y, expected[0].to(dtype))
 
 
+def test_gradients_of_gradients_are_refused_rather_than_zero() -> None:
+    x, mask, weight, bias = case()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(normalise(x, mask, weight, bias, 1e-5)[0].pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (gradient.square().sum() + x.square().sum()).backward()
+
+
 def test_a_default_device_changes_nothing() -> None:
     x, mask, weight, bias = case()
     expected = outcome(x, mask, weight, bias)[0]
