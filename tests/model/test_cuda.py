@@ -117,8 +117,8 @@ def assert_equal_to_the_loop(kernels: Kernels, inputs: Inputs, activation: Activ
 SHAPES = [(1, 1, 1), (2, 3, 5), (32, 1, 7), (33, 2, 33), (70, 1, 4), (9, 4, 140), (3, 41, 101)]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", SHAPES[:-2])
+# Every shape with one activation, and every activation over several rounds of the ring: they differ in one line of a step.
+@pytest.mark.parametrize(("shape", "activation"), [*((shape, "relu") for shape in SHAPES[:-2]), ((33, 2, 33), "tanh"), ((33, 2, 33), "identity")])
 def test_equal_to_the_loop(kernels: Kernels, shape: tuple[int, int, int], activation: Activation) -> None:
     assert_equal_to_the_loop(kernels, case(kernels, *shape, torch.float64), activation, rtol=1e-9, atol=1e-11)
 
