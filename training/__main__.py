@@ -76,7 +76,7 @@ def train(
         return
     if len(runs) > 1 and splits.validation is not None:
         accuracies = {str(folder): result.accuracy for folder, result in zip(folders, results, strict=True) if result}
-        Console().print(runs_table(accuracies, f"{settings.name}, validation"))
+        Console().print(runs_table(list(accuracies), {"right %": list(accuracies.values())}, f"{settings.name}, validation"))
     _say(f"next: {_python()} -m training evaluate {' '.join(map(str, folders))}   or   {_python()} -m training export {folders[0]}")
 
 
@@ -107,7 +107,7 @@ def crossvalidate(
     for name, figures in (("best_epoch", list(best.values())), ("last_epoch", last)):
         value[name] = dict(zip(("mean", "deviation"), mean_and_deviation(figures), strict=True)) | {"accuracy": figures}
     (whole / "crossvalidation.json").write_text(json.dumps(value, indent=1) + "\n")
-    Console().print(runs_table(best, f"{runs[0].name}, {folds} folds{f' by {by}' if by else ''}, best epoch of each"))
+    Console().print(runs_table(list(best), {"right %": list(best.values())}, f"{runs[0].name}, {folds} folds{f' by {by}' if by else ''}, best epoch of each"))
     _say(f"at the last epoch, which no fold has chosen: {100 * mean:.1f} % on average, deviation {100 * deviation:.1f}; kept in {whole}")
 
 
@@ -126,9 +126,13 @@ def evaluate(
         _evaluate(run, found[run], part, data, alone=len(runs) == 1)
     if len(runs) == 1 and not ensemble:
         return
-    kept = {str(run): json.loads((run / f"{part}.json").read_text()) for run in runs}
-    together = average([scores.load(run / f"{part}.npz") for run in runs]).accuracy if ensemble else None
-    Console().print(runs_table({name: value["accuracy"] for name, value in kept.items()}, part, together))
+    kept = [scores.load(run / f"{part}.npz") for run in runs]
+    together = average(kept) if ensemble else None
+    columns = {"right %": [result.accuracy for result in kept]}
+    if any(result.copies for result in kept):
+        columns["without copies %"] = [result.accuracy_without_copies for result in kept]
+    figures = None if together is None else [together.accuracy, together.accuracy_without_copies][: len(columns)]
+    Console().print(runs_table([str(run) for run in runs], columns, part, figures))
 
 
 @app.command()
@@ -258,13 +262,18 @@ def _evaluate(run: Path, found: checkpoints.Checkpoint, part: str, data: str, al
         if alone:
             Console().print_json(kept.read_text())
         return
-    clips = load_splits(_with_path(found.config, data)).named(part)
+    splits = load_splits(_with_path(found.config, data))
+    clips = splits.named(part)
     check_values(found.config, clips, part)
     device = choose_device(replace(found.config.train, device="cpu" if found.config.train.device == "cpu" else "auto"))
-    result = run_clips(found.network().to(device), clips)
+    result = replace(run_clips(found.network().to(device), clips), copied=splits.copies(part) if part != "training" else None)
     draw_confusion(result, clips.classes, run / f"confusion-{part}.png")
     scores.save(result, run / f"{part}.npz")
     value = {"split": part, "clips": len(clips), "accuracy": result.accuracy, "frame_accuracy": result.frame_accuracy, "loss": result.loss}
+    if result.copies:
+        value |= {"copies": result.copies, "accuracy_without_copies": result.accuracy_without_copies}
+        others = f"of the other {len(clips) - result.copies}, {100 * result.accuracy_without_copies:.1f} % are right"
+        _say(f"{result.copies} of the {part} clips are training clips as well, number for number; {others}")
     kept.write_text(json.dumps(value | {"seed": found.config.seed, "epoch": found.epoch, "chosen": describe(found.config)}, indent=1) + "\n")
     Console().print(recall_table(result, clips.classes, f"{found.config.name}, {part}, seed {found.config.seed}"))
 

@@ -17,12 +17,16 @@ from training.distributed import Group
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`scores` (N, classes) at each clip's last frame; `frame_accuracy` is the share of all frames whose best class is right."""
+    """`scores` (N, classes) at each clip's last frame; `frame_accuracy` is the share of all frames whose best class is right.
+
+    `copied` (N,) says which clips are training clips as well, where somebody looked (`Splits.copies`).
+    """
 
     scores: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     loss: float
     frame_accuracy: float
+    copied: npt.NDArray[np.bool_] | None = None
 
     @classmethod
     def of(cls, scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], frame_accuracy: float = float("nan")) -> Evaluation:
@@ -33,6 +37,17 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         return float((self.scores.argmax(1) == self.labels).mean())
+
+    @property
+    def copies(self) -> int:
+        """How many clips are training clips as well."""
+        return 0 if self.copied is None else int(self.copied.sum())
+
+    @property
+    def accuracy_without_copies(self) -> float:
+        """NaN where nothing else is left."""
+        fresh = np.ones(len(self.labels), bool) if self.copied is None else ~self.copied
+        return float((self.scores.argmax(1) == self.labels)[fresh].mean()) if fresh.any() else float("nan")
 
     @property
     def confusion(self) -> npt.NDArray[np.int64]:

@@ -65,20 +65,25 @@ def recall_table(result: Evaluation, classes: tuple[str, ...], title: str) -> Ta
     return table
 
 
-def runs_table(accuracies: dict[str, float], title: str, ensemble: float | None = None) -> Table:
-    """Accuracy of each run, their mean and standard deviation, and that of their averaged scores."""
+def runs_table(runs: list[str], columns: dict[str, list[float]], title: str, ensemble: list[float] | None = None) -> Table:
+    """Shares of each run, column by column, their mean and standard deviation, and those of the runs' averaged scores."""
     table = Table(title=escape(title))
     table.add_column("run", overflow="fold")
-    table.add_column("right %", justify="right")
-    for name, accuracy in accuracies.items():
-        table.add_row(escape(name), f"{100 * accuracy:.1f}")
+    for name in columns:
+        table.add_column(escape(name), justify="right")
+    for run, values in zip(runs, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(escape(run), *(_percent(value) for value in values))
     table.add_section()
-    mean, deviation = mean_and_deviation(list(accuracies.values()))
-    table.add_row("mean", f"{100 * mean:.1f}")
-    table.add_row("standard deviation", "" if np.isnan(deviation) else f"{100 * deviation:.1f}")
+    figures = [mean_and_deviation(values) for values in columns.values()]
+    table.add_row("mean", *(_percent(mean) for mean, _ in figures))
+    table.add_row("standard deviation", *(_percent(deviation) for _, deviation in figures))
     if ensemble is not None:
-        table.add_row("scores averaged", f"{100 * ensemble:.1f}")
+        table.add_row("scores averaged", *(_percent(value) for value in ensemble))
     return table
+
+
+def _percent(share: float) -> str:
+    return "" if np.isnan(share) else f"{100 * share:.1f}"
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:

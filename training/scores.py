@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,17 @@ class ScoresError(ValueError):
 
 
 def save(result: Evaluation, path: Path) -> None:
-    """Writes scores (N, classes) and labels (N,), in the order of the split."""
+    """Writes scores (N, classes), labels (N,) and which clips are copies (N,), in the order of the split."""
+    copied = np.zeros(len(result.labels), bool) if result.copied is None else result.copied
     with path.open("wb") as file:
-        np.savez(file, scores=result.scores, labels=result.labels)
+        np.savez(file, scores=result.scores, labels=result.labels, copied=copied)
 
 
 def load(path: Path) -> Evaluation:
     """What `save` wrote; the accuracy along clips is not among it."""
     try:
         with path.open("rb") as file, np.load(file) as arrays:  # opened here, as numpy leaves a damaged one open
-            return Evaluation.of(arrays["scores"], arrays["labels"])
+            return replace(Evaluation.of(arrays["scores"], arrays["labels"]), copied=arrays["copied"])
     except FileNotFoundError:
         raise ScoresError(f"{path}: no scores were kept; delete {path.with_suffix('.json').name} beside it and evaluate again") from None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -52,4 +54,4 @@ def average(results: list[Evaluation]) -> Evaluation:
     for result in results[1:]:
         if result.scores.shape != first.scores.shape or not np.array_equal(result.labels, first.labels):
             raise ScoresError(f"these runs were evaluated on other clips: {len(first.labels)} and {len(result.labels)}, or with other labels or classes")
-    return Evaluation.of(np.stack([result.scores for result in results]).mean(0), first.labels)
+    return replace(Evaluation.of(np.stack([result.scores for result in results]).mean(0), first.labels), copied=first.copied)

@@ -273,6 +273,25 @@ def test_several_seeds_their_mean_and_their_ensemble(training: Any, one_line: An
     assert f"{100 * together:.1f}" in again.out
 
 
+def test_test_clips_that_training_has_as_well_are_said(training: Any, tmp_path: Path) -> None:
+    clips = clip_set(48)
+    test, known = (np.flatnonzero(clips.groups["split"] == split)[:5] for split in ("test", "train"))
+    frames = list(clips.frames)
+    for copy, original in zip(test, known, strict=True):
+        frames[copy] = frames[original]
+    data = write_folder(tmp_path / "data", replace(clips, frames=tuple(frames)))
+    config = write_config(tmp_path / "tiny.toml", data={"path": str(data)}, train={"epochs": 1})
+    assert training("train", config, "--out", tmp_path / "runs", "--seeds", "2").code == 0
+    runs = [tmp_path / "runs" / "tiny" / f"seed-{seed}" for seed in range(2)]
+    result = training("evaluate", *runs)
+    figures = [json.loads((run / "test.json").read_text()) for run in runs]
+    assert [one["copies"] for one in figures] == [5, 5]
+    for one in figures:
+        others = f"of the other 7, {100 * one['accuracy_without_copies']:.1f} % are right"
+        assert f"5 of the test clips are training clips as well, number for number; {others}" in result.err
+    assert "without copies %" in result.out
+
+
 @pytest.mark.parametrize("seeds", ["x", "1,1", "1,,2", "-1", "0"])
 def test_seeds_that_are_none_are_one_line(one_line: Any, tmp_path: Path, folder: Path, seeds: str) -> None:
     config = write_config(tmp_path / "tiny.toml", data={"path": str(folder)})

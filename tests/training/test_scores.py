@@ -1,5 +1,6 @@
 """Kept scores: come back as they were, and average only with scores of the same clips."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,15 @@ def test_come_back_as_they_were(tmp_path: Path) -> None:
     assert np.array_equal(found.scores, FIRST.scores)
     assert np.array_equal(found.labels, FIRST.labels)
     assert (found.accuracy, found.loss) == (FIRST.accuracy, FIRST.loss)
+
+
+def test_clips_that_training_has_as_well_are_left_out_of_one_figure(tmp_path: Path) -> None:
+    assert (FIRST.copies, FIRST.accuracy_without_copies) == (0, FIRST.accuracy)
+    known = replace(FIRST, copied=FIRST.scores.argmax(1) == FIRST.labels)  # what it gets right, it has seen
+    save(known, tmp_path / "test.npz")
+    for found in (load(tmp_path / "test.npz"), average([known, known])):
+        assert (found.copies, found.accuracy, found.accuracy_without_copies) == (2, 0.5, 0.0)
+    assert np.isnan(replace(FIRST, copied=np.ones(4, bool)).accuracy_without_copies)
 
 
 def test_networks_that_are_wrong_in_different_places_are_right_together() -> None:
