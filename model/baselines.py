@@ -8,7 +8,6 @@ gives meaning by an ONNX local function, as it does for `model.recurrence`.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from model.config import ModelConfig
 from model.layers import SequenceDropout, SequenceNorm, at_end, normed
 from model.recurrence import ONNX_DOMAIN
 
-Kind = Literal["rnn", "irnn", "gru", "lstm"]
 FUNCTIONS: dict[str, str] = {"rnn": "RNNTanh", "irnn": "RNNRelu", "gru": "GRU", "lstm": "LSTM"}  # local functions in the exported file
 
 
@@ -27,7 +25,7 @@ class BaselineLayer(nn.Module):
     (Le, Jaitly, Hinton, *A simple way to initialize recurrent networks of rectified linear units*, 2015); the rest start as torch has it.
     """
 
-    def __init__(self, kind: Kind, inputs: int, units: int) -> None:
+    def __init__(self, kind: str, inputs: int, units: int) -> None:
         super().__init__()
         self.kind, self.units = kind, units
         self.state_width = 2 * units if kind == "lstm" else units
@@ -77,7 +75,7 @@ class Baseline(nn.Module):
     def __init__(self, inputs: int, config: ModelConfig) -> None:
         super().__init__()
         widths = [inputs] + [config.units] * config.layers
-        layers = [BaselineLayer(config.kind, a, b) for a, b in pairwise(widths)]  # type: ignore[arg-type]
+        layers = [BaselineLayer(config.kind, a, b) for a, b in pairwise(widths)]
         self.layers = nn.ModuleList(layers)
         self.after = nn.ModuleList(SequenceNorm(config.units) if config.norm == "after" else nn.Identity() for _ in layers)
         self.dropout = SequenceDropout(config.dropout)
@@ -92,7 +90,7 @@ class Baseline(nn.Module):
         return x, ends
 
 
-def _cell(kind: Kind, inputs: int, units: int) -> nn.RNN | nn.GRU | nn.LSTM:
+def _cell(kind: str, inputs: int, units: int) -> nn.RNN | nn.GRU | nn.LSTM:
     if kind == "gru":
         return nn.GRU(inputs, units)
     if kind == "lstm":

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.recurrence import Activation, recur
+from model.config import Activation, ModelConfig
+from model.recurrence import recur
 
 Memory = Literal["every", "last", "ones", "normal"]
 Map = TypeVar("Map", nn.Linear, nn.Conv1d)

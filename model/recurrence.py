@@ -22,13 +22,12 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-Activation = Literal["relu", "tanh", "identity"]
+from model.config import Activation
 
 ONNX_DOMAIN = "indrnn"
 # Local functions in the exported file.

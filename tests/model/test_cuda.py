@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.recurrence import RECURRENCES, Activation, recur, recur_loop
+from model.config import Activation
+from model.recurrence import RECURRENCES, recur, recur_loop
 
 pytest.importorskip("triton", reason="triton is not installed (Linux; in requirements-train.txt): the GPU kernels are not tested")
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from model.config import Activation
 from model.kernels import compiled, cpu
-from model.recurrence import RECURRENCES, Activation, hold, recur, recur_loop
+from model.recurrence import RECURRENCES, hold, recur, recur_loop
 
 ROOT = Path(__file__).parents[2]
 
