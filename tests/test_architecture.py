@@ -26,6 +26,7 @@ LAYERS = {
     ],
     "training": [
         ["config", "datasets.clips", "onnx_file", "prefetch", "folds"],
+        ["datasets.recordings", "datasets.archives", "datasets.frame_files"],
         ["datasets.*", "augment", "splits", "samples", "distributed", "schedule"],
         ["batches", "checkpoint"],
         ["evaluate", "export", "verify", "loss", "memory"],
