@@ -50,12 +50,13 @@ class Open:
 
 @dataclass(slots=True)  # not frozen, here and in `Answer`: those of each message take four times as long to make
 class Frames:
-    """`count` frames from number `first` on; `payload` is nested lists or raw bytes, `size` its length on the wire."""
+    """`count` frames from number `first` on; `payload` is nested lists or raw bytes, `size` its length on the wire, `t` the time of each as sent."""
 
     first: int
     count: int
     payload: list[Any] | memoryview
     size: int
+    t: list[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +136,17 @@ def join(messages: Sequence[Frames]) -> Frames:
     """Messages that follow each other, all lists or all bytes, as one."""
     first, count, size = messages[0].first, sum(message.count for message in messages), sum(message.size for message in messages)
     if isinstance(messages[0].payload, list):
-        return Frames(first, count, [frame for message in messages for frame in message.payload], size)
+        times = None if messages[0].t is None else [t for message in messages for t in message.t or ()]
+        return Frames(first, count, [frame for message in messages for frame in message.payload], size, times)
     return Frames(first, count, memoryview(b"".join(message.payload for message in messages)), size)  # type: ignore[misc]
 
 
 def may_join(before: Frames, after: Frames) -> bool:
-    return after.first == before.first + before.count and after.count > 0 and isinstance(after.payload, list) == isinstance(before.payload, list)
+    if after.first != before.first + before.count or not after.count or isinstance(after.payload, list) != isinstance(before.payload, list):
+        return False
+    if before.t is None or after.t is None:
+        return before.t is after.t
+    return len(before.t) == before.count and len(after.t) == after.count  # else the times would slip to other frames
 
 
 def read_text(text: str) -> Message:
@@ -236,10 +242,11 @@ def _read_open(value: dict[str, Any], _size: int = 0) -> Open:
 
 
 def _read_frames(value: dict[str, Any], size: int) -> Frames:
-    check_fields(value, ("first", "frames"))
-    if not isinstance(value["frames"], list):
-        raise Malformed(f"frames must be a list, got {type(value['frames']).__name__}")
-    return Frames(frame_number(value["first"], "first"), len(value["frames"]), value["frames"], size)
+    check_fields(value, ("first", "frames"), ("t",))
+    for name in ("frames", "t"):
+        if not isinstance(value.get(name, []), list):
+            raise Malformed(f"{name} must be a list, got {type(value[name]).__name__}")
+    return Frames(frame_number(value["first"], "first"), len(value["frames"]), value["frames"], size, value.get("t"))
 
 
 def _read_ack(value: dict[str, Any], _size: int) -> Ack:
@@ -296,21 +303,21 @@ class Answer:
     def to_json(self) -> bytes:
         return encode(self.to_dict())
 
-    def to_binary(self) -> bytes:
+    def to_binary(self, track: int = 0) -> bytes:
         """A message of kind 2: all frames' scores, or the last frame's alone under its own number."""
         first = self.first + self.count - len(self.scores)
-        return HEADER.pack(VERSION, KIND_SCORES, 0, len(self.scores), first) + self.scores.astype(_F4, copy=False).tobytes()
+        return HEADER.pack(VERSION, KIND_SCORES, track, len(self.scores), first) + self.scores.astype(_F4, copy=False).tobytes()
 
 
-def write_answer(answer: Answer) -> str | bytes:
+def write_answer(answer: Answer, track: int = 0) -> str | bytes:
     """An answer as a websocket message, text or binary as the stream's options say."""
     if answer.options.answers == "binary":
-        return answer.to_binary()
-    return write("scores", track=0, **answer.to_dict())
+        return answer.to_binary(track)
+    return write("scores", track=track, **answer.to_dict())
 
 
-def write_error(error: ServiceError) -> str:
-    return write("error", track=0, **error.to_dict())
+def write_error(error: ServiceError, track: int = 0) -> str:
+    return write("error", track=track, **error.to_dict())
 
 
 def write(kind: str, **fields: Any) -> str:
