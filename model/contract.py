@@ -1,6 +1,6 @@
 """The contract between training and serving: tensor names and the manifest inside every `model.onnx`.
 
-Standard library only: the service imports this module and `model.skeletons` and nothing else of `model/`.
+Standard library only: the service imports this module, `model.events` and `model.skeletons` and nothing else of `model/`.
 
     tensor       type     shape                          meaning
     frames       float32  (batch, time, *frame_shape)    raw input, as the client has it
@@ -93,6 +93,26 @@ class StreamReport:
         return self.accuracy_last < self.accuracy_first - max(self.ci95, 0.01)
 
 
+@dataclass(frozen=True, slots=True)
+class EventRules:
+    """When a stream of scores says that something starts and ends; what exactly they mean is in `model.events`.
+
+    Raises `ManifestError` naming the field that makes no sense.
+    """
+
+    nothing: str | None  # the class that means no action; None where every class is one
+    enter: float  # score from which on a class may start
+    leave: float  # score below which it may end; not above `enter` (hysteresis)
+    least: int  # model steps a class must hold before its start is decided: the minimum length
+    gap: int  # model steps it must be gone before its end is decided
+
+    def __post_init__(self) -> None:
+        _need(0 < self.enter <= 1, f"events.enter {self.enter} must be above 0 and at most 1")
+        _need(0 < self.leave <= self.enter, f"events.leave {self.leave} must be above 0 and at most events.enter, {self.enter}")
+        _need(self.least >= 1, f"events.least {self.least} must be at least 1")
+        _need(self.gap >= 1, f"events.gap {self.gap} must be at least 1")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTest:
     """A few frames, fed from the zero state, and the scores they must give; run by the service at load."""
@@ -130,12 +150,10 @@ class Manifest:
     self_test: SelfTest
     fingerprint: str  # sha256 over the graph, hex
     made_by: str
+    events: EventRules | None = None  # files from before there were events say nothing of them
 
     def __post_init__(self) -> None:
-        def need(holds: bool, message: str) -> None:
-            if not holds:
-                raise ManifestError(f"manifest: {message}")
-
+        need = _need
         need(self.contract == CONTRACT_VERSION, f"contract version {self.contract}, this program reads {CONTRACT_VERSION}")
         need(NAME_PATTERN.fullmatch(self.model) is not None, f"model name {self.model!r} must match {NAME_PATTERN.pattern}")
         need(len(self.frame_shape) > 0 and all(n > 0 for n in self.frame_shape), f"frame_shape {self.frame_shape} must be positive")
@@ -146,6 +164,11 @@ class Manifest:
         need(len(set(self.classes)) == len(self.classes), "classes must differ from each other")
         if self.layout is not None:
             need(len(self.frame_shape) >= 2 and len(self.joints) == self.frame_shape[-2], f"{len(self.joints)} joint names for frame_shape {self.frame_shape}")
+        if self.events is not None:
+            need(self.task == "classification", f"events: a model whose task is {self.task} has none")
+            nothing = self.events.nothing
+            need(nothing is None or nothing in self.classes, f"events.nothing {nothing!r} is none of the classes")
+            need(set(self.classes) != {nothing}, f"events: there is no class but {nothing!r}, which means no action")
         need(re.fullmatch(r"[0-9a-f]{64}", self.fingerprint) is not None, "fingerprint must be 64 hex digits")
         need(len(self.self_test.frames) == len(self.self_test.scores) > 0, "self_test needs as many scores as frames, at least one")
         need(all(len(row) == len(self.classes) for row in self.self_test.scores), "self_test.scores must have one value per class")
@@ -169,6 +192,11 @@ class Manifest:
             raise ManifestError(f"manifest: not JSON: {error}") from None
         manifest: Manifest = decode(value, cls, "manifest")
         return manifest
+
+
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise ManifestError(f"manifest: {message}")
 
 
 def decode(value: Any, kind: Any, where: str) -> Any:

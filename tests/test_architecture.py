@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "model": [
         ["contract", "skeletons", "config", "kernels.buffers", "kernels.compiled"],
-        ["kernels.*"],
+        ["kernels.*", "events"],
         ["recurrence"],
         ["normalise"],
         ["layers"],
@@ -51,12 +51,13 @@ LAYERS = {
 OUTSIDE = {
     "model": {"torch"},
     "model.contract": set(),
+    "model.events": {"numpy"},
     "model.skeletons": set(),
     "model.kernels": {"torch", "numba", "numpy", "triton"},
     "training": {"model", "torch", "numpy", "onnx", "matplotlib", "rich", "tensorboard", "tomli_w", "typer"},
     "training.verify": {"model", "torch", "numpy", "onnx", "onnxruntime"},
     "service": {
-        "model.contract", "model.skeletons", "numpy", "orjson", "pydantic", "pydantic_settings", "fastapi", "starlette", "uvicorn",
+        "model.contract", "model.events", "model.skeletons", "numpy", "orjson", "pydantic", "pydantic_settings", "fastapi", "starlette", "uvicorn",
         "prometheus_client", "structlog", "typer", "rich",
     },
     "service.engine": {"model.contract", "numpy", "onnxruntime"},

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import contract
-from model.contract import Architecture, DataSource, Manifest, ManifestError, Metrics, Parity, SelfTest, StreamReport, decode
+from model.contract import Architecture, DataSource, EventRules, Manifest, ManifestError, Metrics, Parity, SelfTest, StreamReport, decode
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,10 +46,20 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**values | changes)
 
 
+RULES = EventRules(nothing="rest", enter=0.6, leave=0.4, least=5, gap=3)
+
+
 @pytest.mark.parametrize("stream", [None, manifest().stream])
-def test_what_goes_in_comes_out(stream: StreamReport | None) -> None:
-    before = manifest(stream=stream)
+@pytest.mark.parametrize("events", [None, RULES, dataclasses.replace(RULES, nothing=None)])
+def test_what_goes_in_comes_out(stream: StreamReport | None, events: EventRules | None) -> None:
+    before = manifest(stream=stream, events=events)
     assert Manifest.from_json(before.to_json()) == before
+
+
+def test_files_from_before_there_were_events_are_read() -> None:
+    value = manifest().to_dict()
+    del value["events"]
+    assert Manifest.from_json(json.dumps(value)) == manifest()
 
 
 def test_summary_leaves_the_numbers_of_the_self_test_out() -> None:
@@ -60,7 +71,7 @@ def test_non_finite_numbers_never_get_into_a_file() -> None:
         manifest(metrics=Metrics(protocol="", values={"accuracy": math.nan})).to_json()
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest)])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Manifest) if field.name != "events"])
 def test_a_missing_field_is_named(name: str) -> None:
     value = manifest().to_dict()
     del value[name]
@@ -144,6 +155,35 @@ def test_a_field_of_another_type_is_named(where: str, value: Any) -> None:
 def test_fields_that_make_no_sense_are_refused_both_ways(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         manifest(**changes)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"nothing": "idle"}, "events.nothing 'idle' is none of the classes"),
+        ({"enter": 1.5}, "events.enter 1.5 must be above 0 and at most 1"),
+        ({"enter": 0}, "events.enter 0.0 must be"),
+        ({"enter": "0.5"}, "manifest.events.enter: expected float, got '0.5'"),
+        ({"leave": 0.7}, "events.leave 0.7 must be above 0 and at most events.enter, 0.6"),
+        ({"leave": -1}, "events.leave -1.0"),
+        ({"least": 0}, "events.least 0 must be at least 1"),
+        ({"least": 2.5}, "manifest.events.least: expected int, got 2.5"),
+        ({"gap": 0}, "events.gap 0 must be at least 1"),
+        ({"gaps": 3}, "manifest.events: unknown field 'gaps'"),
+    ],
+)
+def test_rules_of_events_that_make_no_sense_are_refused(rules: dict[str, Any], message: str) -> None:
+    with pytest.raises(ManifestError, match=re.escape(message)):
+        Manifest.from_json(_changed("events", {**dataclasses.asdict(RULES), **rules}))
+
+
+def test_rules_of_events_need_classes_to_start() -> None:
+    with pytest.raises(ManifestError, match="a model whose task is regression has none"):
+        manifest(task="regression", events=RULES)
+    with pytest.raises(ManifestError, match="there is no class but 'rest'"):
+        manifest(classes=("rest",), events=RULES, self_test=SelfTest(frames=[[0.0]], scores=[[1.0]]))
+    with pytest.raises(ManifestError, match=r"manifest\.events: field 'gap' is missing"):
+        Manifest.from_json(_changed("events", {"nothing": None, "enter": 0.6, "leave": 0.4, "least": 5}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", '"x"', "[" * 100_000])
