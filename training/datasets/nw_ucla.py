@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import lzma
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from model import skeletons
 from model.contract import DataSource
+from training.datasets.archives import files
 from training.datasets.clips import ClipSet, DataError, Frames
 
 LAYOUT = "kinect-v1"
@@ -63,10 +61,10 @@ def load(path: Path) -> ClipSet:
     """
     entries = _read_index(path / INDEX)
     clips: dict[str, Frames] = {}
-    for where, name, data in _files(path):
-        if name not in entries:
+    for file, where, data in files(path / FOLDER, path / ARCHIVE, ".json"):
+        if file.stem not in entries:
             raise DataError(f"{where}: not listed in {path / INDEX}, expected only files the index names")
-        clips[name] = _parse(where, data, entries[name])
+        clips[file.stem] = _parse(where, data, entries[file.stem])
     for entry in entries.values():
         if entry.name not in clips:
             raise DataError(f"{entry.where}: expected a file {entry.name}.json in {path / FOLDER} or {path / ARCHIVE}, there is none")
@@ -121,23 +119,6 @@ def _entry(where: str, row: list[str]) -> _Entry:
     if split not in ("train", "test"):
         raise DataError(f"{where}: split {split!r}, expected 'train' or 'test'")
     return _Entry(where, name, label, subject, view, frames, split)
-
-
-def _files(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Every JSON file: where it is (for messages), its name without ending, its bytes."""
-    folder, archive = path / FOLDER, path / ARCHIVE
-    if folder.is_dir():
-        for file in sorted(folder.glob("*.json")):
-            yield str(file), file.stem, file.read_bytes()
-        return
-    try:
-        # One pass in the order of the archive: nothing is unpacked to disk, and no part is decompressed twice.
-        with tarfile.open(archive, "r|xz") as tar:
-            for member in tar:
-                if member.isfile() and member.name.endswith(".json") and (stream := tar.extractfile(member)):
-                    yield f"{archive}: {member.name}", PurePosixPath(member.name).stem, stream.read()
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
-        raise DataError(f"{archive}: expected this archive, readable, or a folder {folder}: {error}") from error
 
 
 def _parse(where: str, data: bytes, entry: _Entry) -> Frames:
