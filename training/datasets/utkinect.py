@@ -112,6 +112,10 @@ def _text(where: str, data: bytes) -> str:
         raise DataError(f"{where}: expected text in UTF-8: {error}") from error
 
 
+def _is_number(word: str) -> bool:
+    return word.isdecimal() and len(word) < 10  # longer ones are no frame numbers and need not fit an int64
+
+
 def _read_labels(where: str, text: str) -> dict[str, list[_Range]]:
     """By recording, the ranges that are known; an action whose range is "NaN NaN" is left out."""
     ranges: dict[str, list[_Range]] = {}
@@ -133,7 +137,7 @@ def _read_labels(where: str, text: str) -> dict[str, list[_Range]]:
         seen[name].append(words[0])
         if words[1:] == ["NaN", "NaN"]:
             continue
-        if not all(word.isdecimal() for word in words[1:]) or int(words[1]) > int(words[2]):
+        if not all(map(_is_number, words[1:])) or int(words[1]) > int(words[2]):
             raise DataError(f"{at}: range {' '.join(words[1:])!r}, expected first and last frame number, first not after last, or NaN NaN")
         ranges[name].append(_Range(at, list(ACTIONS).index(words[0]), int(words[1]), int(words[2])))
     for recording, actions in seen.items():
@@ -150,7 +154,7 @@ def _read_track(where: str, text: str) -> _Track:
         fields = line.split()
         if len(fields) != 1 + 3 * joints:
             raise DataError(f"{where}:{i}: {len(fields)} fields, expected a frame number and {3 * joints} coordinates")
-        if not fields[0].isdecimal():
+        if not _is_number(fields[0]):
             raise DataError(f"{where}:{i}: starts with {fields[0]!r}, expected a frame number")
         number = int(fields[0])
         if numbers and number < numbers[-1]:
