@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 class DataConfig:
     """Where clips come from and which of them are for what."""
 
-    reader: str  # a module in training/datasets: "ui_prmd", "finger_points", "nw_ucla", "uea", "clip_folder"
+    reader: str  # a module in training/datasets: "ui_prmd", "finger_points", "nw_ucla", "uea", "utkinect", "clip_folder", "recording_folder"
     path: str = ""  # of the data; usually given with --set data.path=...
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the reader, e.g. layout
     evaluation_options: dict[str, Any] = field(default_factory=dict)  # on top of options, for validation and test clips: e.g. windows

@@ -16,9 +16,10 @@ import numpy.typing as npt
 from model.contract import ManifestError, decode
 from training.config import Config, ConfigError, DataConfig
 from training.datasets.clips import ClipSet, DataError
+from training.datasets.recordings import Recordings
 from training.folds import group_folds, stratified_folds, stratified_share
 
-READERS = ("clip_folder", "finger_points", "nw_ucla", "uea", "ui_prmd")
+READERS = ("clip_folder", "finger_points", "nw_ucla", "recording_folder", "uea", "ui_prmd", "utkinect")
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,32 @@ def load(config: Config) -> Splits:
 
 
 def read(config: Config, options: dict[str, Any]) -> ClipSet:
-    """All clips of the configuration's data set; raises `ConfigError` for a wrong reader or option, `DataError` for faulty data."""
+    """All clips of the configuration's data set, of recordings their segments; raises as `read_data` does."""
+    found = read_data(config, options)
+    return found.clips() if isinstance(found, Recordings) else found
+
+
+def read_data(config: Config, options: dict[str, Any]) -> ClipSet | Recordings:
+    """The configuration's data set as its reader gives it; raises `ConfigError` for a wrong reader or option, `DataError` for faulty data."""
     data = config.data
     if data.reader not in READERS:
         raise ConfigError(f"data.reader {data.reader!r} is unknown; there are: {', '.join(READERS)}")
     if not data.path:
         raise ConfigError(f"data.path is not set: say where the data of {data.reader} lies, with --data PATH or --set data.path=PATH")
-    load_clips = importlib.import_module(f"training.datasets.{data.reader}").load
-    known = [name for name in inspect.signature(load_clips).parameters if name != "path"]
+    load_data = importlib.import_module(f"training.datasets.{data.reader}").load
+    known = [name for name in inspect.signature(load_data).parameters if name != "path"]
     if unknown := sorted(set(options) - set(known)):
         raise ConfigError(f"data.options.{unknown[0]} is unknown to {data.reader}; there are: {', '.join(known) or 'none'}")
-    clips: ClipSet = load_clips(Path(data.path), **_arguments(load_clips, options, data.reader))
-    return clips
+    found: ClipSet | Recordings = load_data(Path(data.path), **_arguments(load_data, options, data.reader))
+    return found
 
 
-def _arguments(load_clips: Callable[..., ClipSet], options: dict[str, Any], reader: str) -> dict[str, Any]:
+def _arguments(load_data: Callable[..., ClipSet | Recordings], options: dict[str, Any], reader: str) -> dict[str, Any]:
     """Options as the reader's own types: a TOML list becomes a tuple, a table a `DataSource`, a string a path where one is wanted."""
-    required = [p.name for p in inspect.signature(load_clips).parameters.values() if p.default is p.empty and p.name != "path"]
+    required = [p.name for p in inspect.signature(load_data).parameters.values() if p.default is p.empty and p.name != "path"]
     if absent := [name for name in required if name not in options]:
         raise ConfigError(f"data.options.{absent[0]} is missing: {reader} needs it")
-    hints = typing.get_type_hints(load_clips)
+    hints = typing.get_type_hints(load_data)
     arguments = {}
     for name, value in options.items():
         wants_path = Path in (hints[name], *typing.get_args(hints[name]))

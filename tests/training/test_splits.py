@@ -10,7 +10,8 @@ import pytest
 from tests.training.synthetic import clip_set, config, write_folder
 from training.config import ConfigError
 from training.datasets.clips import DataError
-from training.splits import Splits, describe, load, split
+from training.datasets.recordings import Recordings
+from training.splits import Splits, describe, load, read_data, split
 
 
 def subjects(splits: Splits) -> list[set[str]]:
@@ -92,6 +93,29 @@ def test_reads_what_the_configuration_names(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "clips", clip_set(24))
     splits = load(config(data={"path": str(folder)}))
     assert [len(splits.training), len(splits.named("validation")), len(splits.named("test"))] == [12, 6, 6]
+
+
+def test_recordings_are_found_whole_and_cut_into_clips(tmp_path: Path) -> None:
+    clips = clip_set(24)
+    segments, listed = ["file,first,last,label"], ["file,subject,split"]
+    for subject in "abcd":
+        one = clips.where("subject", [subject])
+        ends = np.cumsum([len(clip) for clip in one.frames])
+        np.save(tmp_path / f"{subject}.npy", np.concatenate(one.frames))
+        listed.append(f"{subject}.npy,{subject},{one.groups['split'][0]}")
+        segments += [f"{subject}.npy,{end - len(clip)},{end - 1},{clips.classes[label]}" for clip, end, label in zip(one.frames, ends, one.labels, strict=True)]
+    (tmp_path / "segments.csv").write_text("\n".join(segments))
+    (tmp_path / "recordings.csv").write_text("\n".join(listed))
+    value = config(data={"reader": "recording_folder", "path": str(tmp_path)})
+    whole = read_data(value, value.data.options)
+    assert isinstance(whole, Recordings)
+    assert len(whole) == 4
+    splits = load(value)
+    for part, subject in ((splits.validation, "c"), (splits.test, "d")):
+        assert part is not None
+        expected = clips.where("subject", [subject])
+        assert [part.classes[label] for label in part.labels] == [clips.classes[label] for label in expected.labels]
+        assert [clip.tobytes() for clip in part.frames] == [clip.tobytes() for clip in expected.frames]
 
 
 def test_options_become_what_the_reader_takes(tmp_path: Path) -> None:
