@@ -1,1 +1,1 @@
-"""One reader per file format: a path in, a `ClipSet` out."""
+"""One reader per file format: a path in, a `ClipSet` or `Recordings` out."""
