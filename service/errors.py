@@ -15,6 +15,7 @@ ServiceError           500 / 1011  internal
 │   ├── Gap                        gap
 │   ├── AnswersForgotten           answers_forgotten
 │   ├── TakenOver                  taken_over
+│   ├── TrackNotOpen               track_not_open
 │   └── FingerprintMismatch        fingerprint_mismatch
 ├── TooLarge           413 / 1009  too_large
 ├── Unprocessable      422 / 4422  unprocessable
@@ -112,6 +113,12 @@ class AnswersForgotten(Conflict):
 
 class TakenOver(Conflict):
     code = "taken_over"
+
+
+class TrackNotOpen(Conflict):
+    """The message is for a track that was never opened on its connection, or was closed."""
+
+    code = "track_not_open"
 
 
 class FingerprintMismatch(Conflict):

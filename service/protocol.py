@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import numpy.typing as npt
 import orjson
 
 from model.contract import Manifest
-from service.errors import Malformed, ServiceError
+from service.errors import Malformed, ServiceError, TooMany, TrackNotOpen
 from service.options import NAMES as OPTION_NAMES
 from service.options import Options
 
@@ -36,16 +36,20 @@ KIND_FRAMES, KIND_SCORES, KIND_ACK = 1, 2, 3
 MOST_FRAMES = 2**64 - 1
 _FRAME_NUMBER = re.compile("[0-9]{1,20}")
 OPEN_FIELDS = ("version", "session", "ack", *OPTION_NAMES)
+MOST_TRACKS = 64  # of one connection
+MOST_WAITING = 16 * 2**20  # bytes of messages of one connection that are read and not answered
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Begins a stream, or goes on with `session`; `options` as the client wrote them."""
+    """Begins a stream on `track`, or goes on with `session`; `options` as the client wrote them. `named`: the client wrote which track."""
 
     options: dict[str, Any]
     version: str | None = None
     session: str | None = None
     ack: int | None = None
+    track: int = 0
+    named: bool = False
 
 
 @dataclass(slots=True)  # not frozen, here and in `Answer`: those of each message take four times as long to make
@@ -57,6 +61,7 @@ class Frames:
     payload: list[Any] | memoryview
     size: int
     t: list[Any] | None = None
+    track: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,57 +69,80 @@ class Ack:
     """Every frame below `first` was answered and its answer received."""
 
     first: int
+    track: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reset:
     at: int
+    track: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Ends the session, not only the connection."""
+    """Ends the track and its session; `keep` leaves the session, to be resumed."""
+
+    keep: bool = False
+    track: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What a message deserves that may not come now on this track: an error that names the track, and the end of that track."""
+
+    track: int
+    error: ServiceError
 
 
 Message = Open | Frames | Ack | Reset | Close
 
 
-class Phase(Enum):
-    AWAITING_OPEN = auto()
-    OPEN = auto()
-    CLOSED = auto()
+@dataclass(slots=True)
+class Credit:
+    """What one track may still send: `frames` in `size` bytes are read and not answered, of at most `window`. A reset counts as a frame."""
+
+    window: int
+    frames: int = 0
+    size: int = 0
 
 
 class Connection:
-    """One websocket as seen by the server: which messages may come now, and how many frames are unanswered.
+    """One websocket as seen by the server: which tracks are open, which messages may come now, and how much of them is unanswered.
 
-    `window` is the credit in frames; while `crowded`, the socket is not read.
+    Each track has a window of its own; a connection is `full`, and its socket not read, while a client has overdrawn one of them, or while
+    `MOST_WAITING` bytes are unanswered.
+
+    `many`: an `open` has named its track. Such a connection stays open without tracks, and an error about one of them leaves the others alone. Any
+    other carries one stream, and ends with it.
     """
 
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self.phase = Phase.AWAITING_OPEN
-        self.unanswered = 0
+    def __init__(self, window: int, most_tracks: int = MOST_TRACKS) -> None:
+        self.many = False
+        self.waiting = 0  # bytes
+        self._window = window
+        self._most_tracks = most_tracks
+        self._open: dict[int, Credit] = {}
+        self._ending: Counter[int] = Counter()  # closed by the client, while what came before is still being answered
+        self._refused: set[int] = set()  # the client was told of an error; what it had sent before it heard of it is dropped
+        self._begun = False
 
-    @property
-    def crowded(self) -> bool:
-        return self.unanswered >= self.window
-
-    def receive(self, data: str | bytes) -> Message:
-        """Reads one message; raises `Malformed` for what cannot be read or may not come now."""
+    def receive(self, data: str | bytes) -> Message | Refused | None:
+        """Reads one message; None for one that nobody waits for any more. Raises `Malformed` for what cannot be read, which ends the connection."""
         message = read_text(data) if isinstance(data, str) else read_binary(data)
-        if self.phase is Phase.CLOSED:
-            raise Malformed("the session is closed: nothing may follow `close`")
-        if self.phase is Phase.AWAITING_OPEN:
-            if not isinstance(message, Open):
-                raise Malformed("the first message must be `open` (or put its options into the URL's query, e.g. ?scores=all)")
-            self.phase = Phase.OPEN
-        elif isinstance(message, Open):
-            raise Malformed("the stream is open already: `open` comes once")
-        if isinstance(message, Frames):
-            self.unanswered += message.count
-        elif isinstance(message, Close):
-            self.phase = Phase.CLOSED
+        if type(message) is Open:
+            return self._begin(message)
+        credit = self._open.get(message.track)
+        if credit is None:
+            return self._stray(message.track)
+        if type(message) is Frames:
+            credit.frames += message.count
+            credit.size += message.size
+            self.waiting += message.size
+        elif type(message) is Reset:
+            credit.frames += 1
+        elif type(message) is Close:
+            del self._open[message.track]
+            self._ending[message.track] += 1
         return message
 
     def open_by_query(self, query: Mapping[str, str]) -> Open | None:
@@ -125,11 +153,60 @@ class Connection:
         if "ack" in given:
             given["ack"] = int(given["ack"]) if _FRAME_NUMBER.fullmatch(given["ack"]) else given["ack"]
         opened = _read_open(given)
-        self.phase = Phase.OPEN
+        self._begin(opened)
         return opened
 
-    def answered(self, frames: Frames) -> None:
-        self.unanswered -= frames.count
+    def is_open(self, track: int) -> bool:
+        return track in self._open
+
+    def credit(self, track: int) -> Credit:
+        """Of an open track."""
+        return self._open[track]
+
+    def full(self, credit: Credit) -> bool:
+        """Whether the socket must not be read for now. `credit` is that of the latest message's track, the only one that has changed."""
+        return credit.frames > credit.window or self.waiting >= MOST_WAITING
+
+    def answered(self, message: Frames | Reset, credit: Credit) -> None:
+        if type(message) is Frames:
+            credit.frames -= message.count
+            credit.size -= message.size
+            self.waiting -= message.size
+        else:
+            credit.frames -= 1
+
+    def ended(self, track: int, credit: Credit, *, refused: bool) -> None:
+        """The track is at its end, and with it what was not answered; `refused`: its client is told of an error."""
+        self.waiting -= credit.size
+        credit.frames = credit.size = 0
+        if self._open.get(track) is credit:
+            del self._open[track]
+            if refused:
+                self._refused.add(track)
+        else:
+            self._ending -= Counter((track,))  # which forgets those that are at zero
+
+    def _begin(self, message: Open) -> Open | Refused:
+        track = message.track
+        if track in self._open:
+            return Refused(track, Malformed(f"track {track} is open already: `open` comes once, until the track is closed"))
+        self._begun = True
+        self.many = self.many or message.named
+        if len(self._open) + self._ending.total() >= self._most_tracks:
+            self._refused.add(track)
+            return Refused(track, TooMany(f"{self._most_tracks} tracks are open on this connection, no more are allowed: open another connection"))
+        self._refused.discard(track)
+        self._open[track] = Credit(self._window)
+        return message
+
+    def _stray(self, track: int) -> Refused | None:
+        if not self._begun:
+            raise Malformed("the first message must be `open` (or put its options into the URL's query, e.g. ?scores=all)")
+        if track in self._refused:
+            return None
+        self._refused.add(track)
+        why = "nothing may follow `close`" if track in self._ending else "begin with `open`"
+        return Refused(track, TrackNotOpen(f"track {track} is not open: {why}"))
 
 
 def join(messages: Sequence[Frames]) -> Frames:
@@ -156,11 +233,10 @@ def read_text(text: str) -> Message:
     reader = _READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
         raise Malformed(f"unknown message type {kind!r:.60}; known: {', '.join(_READERS)}")
-    track = value.pop("track", 0)
+    named, track = "track" in value, value.pop("track", 0)
     if type(track) is not int or not 0 <= track < 2**16:
         raise Malformed(f"track must be a whole number from 0 to 65535, got {track!r:.60}")
-    _only_track_0(track)
-    message: Message = reader(value, len(text))
+    message: Message = reader(value, track, named, len(text))
     return message
 
 
@@ -171,13 +247,12 @@ def read_binary(data: bytes) -> Message:
     version, kind, track, count, first = HEADER.unpack_from(data)
     if version != VERSION:
         raise Malformed(f"binary version {version}, this server reads {VERSION}")
-    _only_track_0(track)
     if kind == KIND_FRAMES:
-        return Frames(first, count, memoryview(data)[HEADER.size :], len(data))
+        return Frames(first, count, memoryview(data)[HEADER.size :], len(data), None, track)
     if kind == KIND_ACK:
         if len(data) > HEADER.size or count:
             raise Malformed("an ack has no payload and count 0")
-        return Ack(first)
+        return Ack(first, track)
     raise Malformed(f"unknown binary kind {kind}; to the server go {KIND_FRAMES} (frames) and {KIND_ACK} (ack)")
 
 
@@ -227,41 +302,38 @@ def frame_number(value: Any, name: str) -> int:
     return value
 
 
-def _only_track_0(track: int) -> None:
-    if track:
-        raise Malformed(f"track {track}: a connection carries one stream, track 0; open one connection for each further stream")
-
-
-def _read_open(value: dict[str, Any], _size: int = 0) -> Open:
+def _read_open(value: dict[str, Any], track: int = 0, named: bool = False, _size: int = 0) -> Open:
     check_fields(value, (), OPEN_FIELDS)
     for name in ("version", "session"):
         if not isinstance(value.get(name), str | None):
             raise Malformed(f"{name} must be a string, got {value[name]!r:.60}")
     ack = None if value.get("ack") is None else frame_number(value["ack"], "ack")
-    return Open({name: value[name] for name in OPTION_NAMES if name in value}, value.get("version"), value.get("session"), ack)
+    return Open({name: value[name] for name in OPTION_NAMES if name in value}, value.get("version"), value.get("session"), ack, track, named)
 
 
-def _read_frames(value: dict[str, Any], size: int) -> Frames:
+def _read_frames(value: dict[str, Any], track: int, _named: bool, size: int) -> Frames:
     check_fields(value, ("first", "frames"), ("t",))
     for name in ("frames", "t"):
         if not isinstance(value.get(name, []), list):
             raise Malformed(f"{name} must be a list, got {type(value[name]).__name__}")
-    return Frames(frame_number(value["first"], "first"), len(value["frames"]), value["frames"], size, value.get("t"))
+    return Frames(frame_number(value["first"], "first"), len(value["frames"]), value["frames"], size, value.get("t"), track)
 
 
-def _read_ack(value: dict[str, Any], _size: int) -> Ack:
+def _read_ack(value: dict[str, Any], track: int, _named: bool, _size: int) -> Ack:
     check_fields(value, ("first",))
-    return Ack(frame_number(value["first"], "first"))
+    return Ack(frame_number(value["first"], "first"), track)
 
 
-def _read_reset(value: dict[str, Any], _size: int) -> Reset:
+def _read_reset(value: dict[str, Any], track: int, _named: bool, _size: int) -> Reset:
     check_fields(value, ("at",))
-    return Reset(frame_number(value["at"], "at"))
+    return Reset(frame_number(value["at"], "at"), track)
 
 
-def _read_close(value: dict[str, Any], _size: int) -> Close:
-    check_fields(value, ())
-    return Close()
+def _read_close(value: dict[str, Any], track: int, _named: bool, _size: int) -> Close:
+    check_fields(value, (), ("keep",))
+    if type(value.get("keep", False)) is not bool:
+        raise Malformed(f"keep must be true or false, got {value['keep']!r:.60}")
+    return Close(value.get("keep", False), track)
 
 
 _READERS: dict[str, Any] = {"open": _read_open, "frames": _read_frames, "ack": _read_ack, "reset": _read_reset, "close": _read_close}
@@ -325,9 +397,9 @@ def write(kind: str, **fields: Any) -> str:
     return encode({"type": kind, **fields}).decode()
 
 
-def write_frames(first: int, frames: Floats) -> bytes:
+def write_frames(first: int, frames: Floats, track: int = 0) -> bytes:
     """The binary message that carries frames (count, *frame_shape) to a server."""
-    return HEADER.pack(VERSION, KIND_FRAMES, 0, len(frames), first) + np.ascontiguousarray(frames, "<f4").tobytes()
+    return HEADER.pack(VERSION, KIND_FRAMES, track, len(frames), first) + np.ascontiguousarray(frames, "<f4").tobytes()
 
 
 def encode(value: Any) -> bytes:

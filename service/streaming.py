@@ -1,31 +1,25 @@
-"""The websocket: a reader, a worker and a way to be stopped, between the protocol and the predictor."""
+"""The websocket: reads messages for its tracks, is told when one of them is at its end, and may be stopped."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from service.errors import AnswersForgotten, Deadline, Draining, Malformed, ServiceError, TooMany
-from service.frames import Payload
+from service.errors import Deadline, Draining, ServiceError, TooMany
 from service.gate import SUBPROTOCOL, Gate
-from service.options import Options, read_options
 from service.predictor import Predictor
-from service.protocol import Ack, Answer, Close, Connection, Frames, Message, Open, Reset, join, may_join, write, write_answer, write_error
-from service.sessions import KEPT_FRAMES, Session
+from service.protocol import Ack, Close, Connection, Frames, Message, Open, Refused, Reset, write
+from service.sessions import KEPT_FRAMES
+from service.tracks import Track
 
 log = structlog.get_logger("streaming")
 
 OPEN_WITHIN_S = 30.0  # a connection that opens nothing is closed
-STALLED_S = 10.0  # a client that overran its window and so cannot be heard any more is closed
-TOGETHER = 32  # frames of messages that have piled up and are run as one
-_DEFAULTS = Options(scores="all")
 
 
 class Sockets:
@@ -47,7 +41,7 @@ class Sockets:
         try:
             await stream.run(lambda: self._admit(websocket, offered))
         finally:
-            stream.ended.set()
+            stream.over.set()
             self._streams.discard(stream)
             self._predictor.metrics.sockets_live.dec()
 
@@ -63,42 +57,45 @@ class Sockets:
             stream.stop(Draining("the service is shutting down", retry_after=5))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await asyncio.gather(*(stream.ended.wait() for stream in self._streams))
+                await asyncio.gather(*(stream.over.wait() for stream in self._streams))
 
 
 class Stream:
-    """One websocket with its session."""
+    """One websocket with its tracks; the `Link` of each."""
 
     def __init__(self, websocket: WebSocket, predictor: Predictor, model: str) -> None:
+        self.connection = Connection(KEPT_FRAMES)
+        self.paused = False
+        self.over = asyncio.Event()
         self._websocket = websocket
         self._predictor = predictor
         self._model = model
-        self._connection = Connection(KEPT_FRAMES)
-        self._options = self._all_scores = _DEFAULTS
-        self._session: Session | None = None
-        self._queue: deque[Message | ServiceError] = deque()
-        self._arrived = asyncio.Event()
+        self._tracks: dict[int, Track] = {}  # the latest of each number; one that is at its end is in none of the two
+        self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
-        self._acked = asyncio.Event()
-        self._draining: Draining | None = None
-        self.ended = asyncio.Event()
-        self._stopped: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
+        self._gone = False
+        self._last: ServiceError | None = None
+        self._end: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()  # why it ends; None: all was closed
 
     def stop(self, error: ServiceError) -> None:
-        """Ends the connection: at once, or when draining after the messages under way."""
-        if isinstance(error, Draining) and self._session is not None:
-            self._draining = error
-            self._acked.set()  # whoever waits for an ack waits no longer
-            self._put(error)
-        elif not self._stopped.done():
-            self._stopped.set_result(error)
+        """Ends the connection with this error, after the messages under way."""
+        if self._last is not None:
+            return
+        self._last = error
+        for track in self._tracks.values():
+            track.finish(error)
+        if not self._tasks:
+            self._finish(error)
 
     async def run(self, admit: Callable[[], None]) -> None:
-        """Serves until the client leaves, closes the session, errs, or is stopped."""
+        """Serves until the client leaves, closes what it opened, errs, or is stopped."""
         try:
             admit()
-            await self._until_stopped(self._open())
-            await self._until_stopped(self._stream())
+            error = await self._serve()
+            if error is not None:
+                await self._refuse(error)
+            elif not self._gone:
+                await self._websocket.close(1000)
         except ServiceError as error:
             await self._refuse(error)
         except WebSocketDisconnect:
@@ -106,188 +103,109 @@ class Stream:
         except Exception:
             log.exception("websocket failed", model=self._model)
             await self._refuse(ServiceError())
-        finally:
-            if self._session is not None:
-                self._predictor.detach(self._session, self)
 
-    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Awaits a coroutine unless `stop` comes first; then raises its error."""
-        task = asyncio.create_task(work)
-        try:
-            waited_for: set[asyncio.Future[Any]] = {task, self._stopped}
-            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise self._stopped.result()
-            task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-
-    async def _open(self) -> None:
-        message = self._connection.open_by_query(self._websocket.query_params)
-        if message is None:
-            message = await self._first_message()
-        session = self._session_of(message)
-        self._session = session
-        self._all_scores = dataclasses.replace(self._options, scores="all")
-        self._predictor.attach(session, self)
-        self._connection.window = session.answers.limit
-        opened = {**self._predictor.opened(session), "options": self._options.to_dict()}
-        await self._send(write("opened", track=0, **opened))
-        if message.session is not None:
-            await self._send_kept(session, message.ack)
-
-    async def _first_message(self) -> Open:
-        try:
-            async with asyncio.timeout(OPEN_WITHIN_S):
-                message = self._connection.receive(await self._receive())
-        except TimeoutError:
-            raise Deadline(f"no `open` within {OPEN_WITHIN_S:.0f} s") from None
-        assert isinstance(message, Open)  # the connection lets nothing else pass
-        return message
-
-    def _session_of(self, message: Open) -> Session:
-        if message.session is None:
-            session = self._predictor.open(self._model, message.version, read_options(message.options, _DEFAULTS))
-            self._options = session.options
-            return session
-        session = self._predictor.sessions.find(message.session)
-        if session.model != self._model or message.version not in (None, session.version):
-            raise Malformed(f"the session belongs to model {session.model}, version {session.version}")
-        self._options = read_options(message.options, read_options({"scores": "all"}, session.options))
-        for name in ("layout", "fps"):
-            if getattr(self._options, name) != getattr(session.options, name):
-                raise Malformed(f"{name} is fixed when a session opens; this one has {getattr(session.options, name)}")
-        return session
-
-    async def _send_kept(self, session: Session, ack: int | None) -> None:
-        """Sends again what the client may have missed."""
-        if ack is not None:
-            self._predictor.acknowledge(session, ack)
-            if session.answers.start > ack:
-                lost = AnswersForgotten(
-                    f"answers of frames {ack} to {session.answers.start - 1} are no longer kept", first=ack, kept_from=session.answers.start
-                )
-                await self._send(write("warning", track=0, warning=lost.message, code=lost.code, **lost.facts))
-        if (answer := self._predictor.kept(session, self._options)) is not None:
-            await self._send(write_answer(answer))
-
-    async def _stream(self) -> None:
+    async def _serve(self) -> ServiceError | None:
+        """Reads until there is a reason to end, and returns it; then no track is at work any more."""
         reader = asyncio.create_task(self._read())
-        worker = asyncio.create_task(self._work())
         try:
-            done, _ = await asyncio.wait({reader, worker}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            waited_for: set[asyncio.Future[Any]] = {reader, self._end}
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                reader.result()
+            return await self._end
         finally:
-            for task in (reader, worker):
+            tasks = {reader, *self._tasks}
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait({reader, worker})
+            await asyncio.wait(tasks)
 
     async def _read(self) -> None:
-        """Reads messages into the queue; what is wrong with one comes after the answers to those before it."""
-        assert self._session is not None
-        while True:
-            while self._connection.crowded:  # the window is full: the socket is not read
+        """Puts each message into its track. What cannot be read ends the connection, after the answers to what came before."""
+        try:
+            message = self.connection.open_by_query(self._websocket.query_params) or await self._first_message()
+            while True:
+                if isinstance(message, Frames | Reset | Close):
+                    await self._put(message)
+                elif isinstance(message, Ack):
+                    self._tracks[message.track].acknowledge(message.first)
+                elif isinstance(message, Open):
+                    self._begin(message)
+                elif isinstance(message, Refused):
+                    await self._refuse_track(message)
+                message = self.connection.receive(await self._receive())
+        except ServiceError as error:
+            self.stop(error)
+
+    async def _first_message(self) -> Message | Refused | None:
+        try:
+            async with asyncio.timeout(OPEN_WITHIN_S):
+                return self.connection.receive(await self._receive())
+        except TimeoutError:
+            raise Deadline(f"no `open` within {OPEN_WITHIN_S:.0f} s") from None
+
+    def _begin(self, message: Open) -> None:
+        before = self._tracks.get(message.track)  # closed, but what came before may still be under way
+        track = self._tracks[message.track] = Track(message.track, self, self._predictor, self._model)
+        task = track.start(message, before)
+        self._tasks.add(task)
+        task.add_done_callback(self._track_done)
+        if self._last is not None:
+            track.finish(self._last)
+
+    async def _put(self, message: Frames | Reset | Close) -> None:
+        """Hands a message to its track; where that fills the connection, waits until enough is answered."""
+        track = self._tracks[message.track]
+        track.put(message)
+        if self.connection.full(track.credit):
+            self.paused = True
+            track.look_again()
+            while self.connection.full(track.credit):
                 self._room.clear()
                 await self._room.wait()
-            data = await self._receive()
-            try:
-                message = self._connection.receive(data)
-            except ServiceError as error:
-                self._put(error)
-                await asyncio.Event().wait()  # nothing after it counts; the worker ends the stream
-            if isinstance(message, Ack):
-                self._predictor.acknowledge(self._session, message.first)
-                self._acked.set()
-            else:
-                self._put(message)
+            self.paused = False
 
-    async def _work(self) -> None:
-        """Handles messages in order; returns after `close`, raises what goes wrong."""
-        assert self._session is not None
-        while True:
-            while not self._queue:
-                self._arrived.clear()
-                await self._arrived.wait()
-            message = self._queue.popleft()
-            if isinstance(message, ServiceError):
-                raise message
-            if isinstance(message, Frames):
-                if self._queue and len(together := self._with_followers(self._session, message)) > 1:
-                    await self._advance_together(self._session, together)
-                else:
-                    await self._advance(self._session, message)
-            elif isinstance(message, Reset):
-                await self._predictor.reset(self._session, message.at, self)
-            elif isinstance(message, Close):
-                await self._predictor.close(self._session, "closed", self)
-                await self._send(write("closed", track=0, next_frame=self._session.next_frame))
-                await self._websocket.close(1000)
-                return
+    async def _refuse_track(self, refused: Refused) -> None:
+        if not self.connection.many:
+            raise refused.error
+        if self.connection.is_open(refused.track):
+            self._tracks[refused.track].finish(refused.error)
+        else:
+            await self._tell(refused.error, refused.track)
 
-    def _with_followers(self, session: Session, message: Frames) -> list[Frames]:
-        """Messages that have piled up behind this one and go on where it ends: run as one they cost little more than one."""
-        together = [message]
-        room = min(TOGETHER, session.answers.room) - message.count
-        while self._queue and isinstance(follower := self._queue[0], Frames) and may_join(together[-1], follower) and follower.count <= room:
-            room -= follower.count
-            together.append(follower)
-            self._queue.popleft()
-        return together
+    # ---- what its tracks tell
 
-    async def _advance_together(self, session: Session, messages: list[Frames]) -> None:
-        """One run, an answer for each message. Where that fails nothing has changed, and each message gets what it deserves alone."""
-        if messages[0].first == session.next_frame:
-            joined = join(messages)
-            try:
-                answer = await self._predictor.advance(session, joined.first, joined.count, _payload(joined), self._all_scores, self)
-            except ServiceError:
-                pass
-            else:
-                for message in messages:
-                    await self._answer(message, answer.part(message.first, message.count, self._options))
-                return
-        for message in messages:
-            await self._advance(session, message)
+    async def send(self, message: str | bytes) -> None:
+        await self._websocket.send({"type": "websocket.send", "text" if isinstance(message, str) else "bytes": message})
 
-    async def _answer(self, message: Frames, answer: Answer) -> None:
-        await self._send(write_answer(answer))
-        self._connection.answered(message)
-        self._room.set()
+    def released(self) -> None:
+        if self.paused:
+            self._room.set()
 
-    async def _advance(self, session: Session, message: Frames) -> None:
-        frames = message.first + message.count - session.next_frame
-        if session.answers.room < frames:
-            await self._acknowledgement(session, frames)
-        answer = await self._predictor.advance(session, message.first, message.count, _payload(message), self._options, self)
-        await self._answer(message, answer)
+    async def ended(self, track: Track, error: ServiceError | None) -> None:
+        self.connection.ended(track.number, track.credit, refused=error is not None)
+        if self._tracks.get(track.number) is track:
+            del self._tracks[track.number]
+        self.released()
+        if not self.connection.many:
+            self._finish(error)
+        elif error is not None and error is not self._last:
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the client may be gone already
+                await self._tell(error, track.number)
 
-    async def _acknowledgement(self, session: Session, frames: int) -> None:
-        """Waits until enough kept answers are acknowledged to keep those of `frames` new ones; more than the limit need it empty.
+    def lost(self) -> None:
+        self._gone = True
+        self._finish(None)
 
-        A client that overran its window cannot be heard and would wait for ever.
-        """
-        stalled = 0.0
-        while session.answers.room < min(frames, session.answers.limit):
-            if self._draining is not None:
-                raise self._draining
-            self._acked.clear()
-            try:
-                async with asyncio.timeout(1.0):
-                    await self._acked.wait()
-            except TimeoutError:
-                stalled = stalled + 1.0 if self._connection.crowded else 0.0
-                if stalled >= STALLED_S:
-                    raise TooMany(
-                        f"{session.answers.limit} answers are not acknowledged and the window is overrun: acknowledge what you read",
-                        next_frame=session.next_frame,
-                    ) from None
+    def _track_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._last is not None and not self._tasks:
+            self._finish(self._last)
 
-    def _put(self, message: Message | ServiceError) -> None:
-        self._queue.append(message)
-        self._arrived.set()
+    def _finish(self, error: ServiceError | None) -> None:
+        if not self._end.done():
+            self._end.set_result(error)
+
+    # ---- the socket
 
     async def _receive(self) -> str | bytes:
         message = await self._websocket.receive()
@@ -297,17 +215,14 @@ class Stream:
         data: bytes = message.get("bytes") or b""
         return data if text is None else text
 
-    async def _send(self, message: str | bytes) -> None:
-        await self._websocket.send({"type": "websocket.send", "text" if isinstance(message, str) else "bytes": message})
+    async def _tell(self, error: ServiceError, track: int | None) -> None:
+        """Says what is wrong with a track; without one, with the connection. The session, if any, stays to be resumed."""
+        self._predictor.metrics.errors.labels(error.code).inc()
+        which = {} if track is None else {"track": track}
+        await self.send(write("draining" if isinstance(error, Draining) else "error", **which, **error.to_dict()))
 
     async def _refuse(self, error: ServiceError) -> None:
-        """Says what is wrong and closes with its code; the session, if any, stays to be resumed."""
-        self._predictor.metrics.errors.labels(error.code).inc()
-        last = write("draining", track=0, **error.to_dict()) if isinstance(error, Draining) else write_error(error)
+        """Says what is wrong and closes with its code."""
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the client may be gone already
-            await self._send(last)
+            await self._tell(error, None if self.connection.many else 0)
             await self._websocket.close(error.close_code, error.code)
-
-
-def _payload(message: Frames) -> Payload:
-    return Payload("json" if isinstance(message.payload, list) else "raw", message.payload, message.size, message.count)

@@ -40,6 +40,7 @@ LAYERS = {
         ["engine", "batcher", "sessions", "protocol", "frames", "gate"],
         ["catalog", "runner", "bodies", "schemas", "client_ledger", "client_socket"],
         ["predictor", "client_stream"],
+        ["tracks"],
         ["routes", "open_inference", "streaming", "client_async"],
         ["app", "client"],
         ["server", "player"],

@@ -19,7 +19,7 @@ from tests.toy_models import CHANNELS, EXPLOSIVE, GAPPY, SKELETON, example_frame
 
 STATUS = {
     "malformed": (400, 4400), "wrong_shape": (422, 4422), "not_finite": (422, 4422), "empty": (422, 4422), "diverged": (422, 4422),
-    "gap": (409, 4409), "answers_forgotten": (409, 4409), "too_large": (413, 1009),
+    "gap": (409, 4409), "answers_forgotten": (409, 4409), "track_not_open": (409, 4409), "too_large": (413, 1009),
 }  # fmt: skip
 TAKEN = 3  # frames that each session has when the fault comes
 
@@ -155,7 +155,6 @@ BROKEN_MESSAGES = {
     "no frames": '{"type": "frames", "first": 3}',
     "frames are a string": '{"type": "frames", "first": 3, "frames": "abc"}',
     "second open": '{"type": "open"}',
-    "another track": '{"type": "frames", "track": 1, "first": 3, "frames": [[0, 0, 0]]}',
     "track is no number": '{"type": "frames", "track": "0", "first": 3, "frames": [[0, 0, 0]]}',
     "ack without a place": '{"type": "ack"}',
     "reset at a float": '{"type": "reset", "at": 3.5}',
@@ -164,11 +163,19 @@ BROKEN_MESSAGES = {
     "unknown version": struct.pack("<BBHIQ", 2, 1, 0, 1, TAKEN) + _floats(0, 0, 0),
     "unknown kind": struct.pack("<BBHIQ", 1, 9, 0, 1, TAKEN) + _floats(0, 0, 0),
     "a kind for clients": struct.pack("<BBHIQ", 1, 2, 0, 1, TAKEN) + _floats(0, 0, 0),
-    "track in a header": struct.pack("<BBHIQ", 1, 1, 5, 1, TAKEN) + _floats(0, 0, 0),
     "count does not fit": struct.pack("<BBHIQ", 1, 1, 0, 2, TAKEN) + _floats(0, 0, 0),
     "huge count": struct.pack("<BBHIQ", 1, 1, 0, 2**32 - 1, TAKEN) + _floats(0, 0, 0),
     "ack with a payload": struct.pack("<BBHIQ", 1, 3, 0, 0, TAKEN) + b"1234",
 }
+
+
+@pytest.mark.parametrize(
+    "message", ['{"type": "frames", "track": 1, "first": 3, "frames": [[0, 0, 0]]}', struct.pack("<BBHIQ", 1, 1, 5, 1, TAKEN) + _floats(0, 0, 0)]
+)
+def test_a_track_that_was_not_opened(http: httpx.Client, server: Server, message: Any) -> None:
+    session = _rest_session(http, "channels")
+    _refused(server, "channels", session, message, "track_not_open")
+    _unchanged(http, "channels", session)
 
 
 @pytest.mark.parametrize("name", BROKEN_MESSAGES)

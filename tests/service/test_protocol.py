@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service import protocol
-from service.errors import Gap, Malformed
+from service.errors import Malformed, ServiceError, TooMany, TrackNotOpen
 from service.options import Options, read_options
-from service.protocol import Ack, Answer, Close, Connection, Frames, Open, Phase, Reset
+from service.protocol import Ack, Answer, Close, Connection, Frames, Open, Refused, Reset
 from tests import toy_models
 from tests.toy_models import CHANNELS, EXPLOSIVE
 
@@ -38,39 +38,115 @@ def test_messages_become_values() -> None:
     assert connection.receive(text(type="ack", first=2)) == Ack(2)
     assert connection.receive(text(type="reset", at=9)) == Reset(9)
     assert connection.receive(text(type="close")) == Close()
-    assert connection.phase is Phase.CLOSED
-    with pytest.raises(Malformed, match="closed"):
-        connection.receive(text(type="ack", first=2))
+    assert connection.receive(text(type="open", track=7)) == Open({}, track=7, named=True)
+    assert connection.receive(text(type="ack", first=2, track=7)) == Ack(2, 7)
+    assert connection.receive(protocol.HEADER.pack(1, 3, 7, 0, 5)) == Ack(5, 7)
+    assert connection.receive(text(type="reset", at=9, track=7)) == Reset(9, 7)
+    assert connection.receive(text(type="close", keep=True, track=7)) == Close(True, 7)
+
+
+def refused(message: Any, track: int, kind: type[ServiceError], match: str) -> None:
+    assert isinstance(message, Refused)
+    assert (message.track, type(message.error)) == (track, kind)
+    assert match in message.error.message
 
 
 def test_open_comes_first_and_once() -> None:
     with pytest.raises(Malformed, match="first message must be `open`"):
         Connection(64).receive(text(type="ack", first=0))
-    with pytest.raises(Malformed, match="once"):
-        opened().receive(text(type="open"))
+    refused(opened().receive(text(type="open")), 0, Malformed, "once")
+
+
+def test_only_an_open_that_names_its_track_begins_a_connection_of_many() -> None:
+    assert not opened().many
+    connection = opened()
+    connection.receive(text(type="open", track=3))
+    assert connection.many
+    alone = Connection(64)
+    alone.receive(text(type="open", track=0))
+    assert alone.many
+
+
+def test_what_a_track_that_is_not_open_is_told_it_is_told_once() -> None:
+    connection = opened()
+    frames = protocol.write_frames(0, np.zeros((1, 3), np.float32), 9)
+    refused(connection.receive(frames), 9, TrackNotOpen, "begin with `open`")
+    assert connection.receive(frames) is None
+    connection.receive(text(type="open", track=9))
+    assert isinstance(connection.receive(frames), Frames)
+    credit = connection.credit(9)
+    connection.receive(text(type="close", track=9))
+    refused(connection.receive(frames), 9, TrackNotOpen, "nothing may follow `close`")
+    connection.ended(9, credit, refused=False)
+    connection.receive(text(type="open", track=9))
+    connection.ended(9, connection.credit(9), refused=True)
+    assert connection.receive(frames) is None
+
+
+def test_a_track_may_be_opened_again_while_what_came_before_its_close_is_answered() -> None:
+    connection = opened()
+    connection.receive(text(type="open", track=5))
+    old = connection.credit(5)
+    connection.receive(text(type="close", track=5))
+    connection.receive(text(type="open", track=5))
+    connection.ended(5, old, refused=False)
+    assert connection.is_open(5)
+    assert connection.credit(5) is not old
+
+
+def test_tracks_are_capped_and_those_that_are_ending_count() -> None:
+    connection = Connection(64, most_tracks=2)
+    for track in (1, 2):
+        connection.receive(text(type="open", track=track))
+    refused(connection.receive(text(type="open", track=3)), 3, TooMany, "open another connection")
+    credit = connection.credit(1)
+    connection.receive(text(type="close", track=1))
+    refused(connection.receive(text(type="open", track=3)), 3, TooMany, "open another connection")
+    connection.ended(1, credit, refused=False)
+    assert connection.receive(text(type="open", track=3)) == Open({}, track=3, named=True)
 
 
 def test_a_query_opens() -> None:
     connection = Connection(64)
     assert connection.open_by_query({}) is None
-    assert connection.phase is Phase.AWAITING_OPEN
+    assert not connection.is_open(0)
     assert connection.open_by_query({"session": "abc", "ack": "7", "top_k": "2"}) == Open({"top_k": "2"}, None, "abc", 7)
-    assert connection.phase is Phase.OPEN
-    for bad in ({"ack": "x"}, {"ack": "-1"}, {"ack": "²"}, {"ok": "1"}):
+    assert connection.is_open(0)
+    assert not connection.many
+    for bad in ({"ack": "x"}, {"ack": "-1"}, {"ack": "²"}, {"ok": "1"}, {"track": "1"}):
         with pytest.raises(Malformed):
             Connection(64).open_by_query(bad)
 
 
-def test_frames_are_counted_against_the_window() -> None:
+def test_frames_are_counted_against_the_window_of_their_track() -> None:
     connection = opened()
-    message = connection.receive(protocol.write_frames(0, np.zeros((63, 3), np.float32)))
+    connection.receive(text(type="open", track=1))
+    credit, other = connection.credit(0), connection.credit(1)
+    message = connection.receive(protocol.write_frames(0, np.zeros((64, 3), np.float32)))
     assert isinstance(message, Frames)
-    assert not connection.crowded
-    connection.receive(protocol.write_frames(63, np.zeros((1, 3), np.float32)))
-    assert connection.crowded
-    connection.answered(message)
-    assert not connection.crowded
-    assert connection.unanswered == 1
+    assert not connection.full(credit)
+    reset = connection.receive(text(type="reset", at=64))
+    assert isinstance(reset, Reset)
+    assert connection.full(credit)
+    assert not connection.full(other)
+    connection.answered(message, credit)
+    assert not connection.full(credit)
+    assert (credit.frames, credit.size, connection.waiting) == (1, 0, 0)
+    connection.answered(reset, credit)
+    assert credit.frames == 0
+
+
+def test_bytes_are_counted_over_all_tracks() -> None:
+    connection = opened()
+    connection.receive(text(type="open", track=1))
+    data = protocol.HEADER.pack(1, 1, 0, 1, 0) + bytes(protocol.MOST_WAITING // 2)
+    connection.receive(data)
+    assert not connection.full(connection.credit(0))
+    connection.receive(data[:2] + b"\1\0" + data[4:])
+    assert connection.full(connection.credit(1))
+    connection.ended(0, connection.credit(0), refused=True)
+    assert not connection.full(connection.credit(1))
+    assert connection.waiting == len(data)
 
 
 @given(st.binary(max_size=64))
@@ -143,16 +219,6 @@ def test_a_binary_answer() -> None:
     np.testing.assert_array_equal(np.frombuffer(data, "<f4", offset=16).reshape(2, 4), SCORES)
     last = Answer(MANIFEST, Options(scores="last", answers="binary"), 5, 2, SCORES[-1:]).to_binary()
     assert protocol.HEADER.unpack_from(last) == (1, 2, 0, 1, 6)
-
-
-def test_errors_name_their_facts() -> None:
-    assert json.loads(protocol.write_error(Gap("frames are missing", next_frame=3))) == {
-        "type": "error",
-        "track": 0,
-        "error": "frames are missing",
-        "code": "gap",
-        "next_frame": 3,
-    }
 
 
 @pytest.mark.parametrize(
