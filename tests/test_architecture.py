@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rows from low to high: a module imports only modules of lower rows, never of its own. "datasets.*" stands for every module of that folder.
 LAYERS = {
     "model": [
-        ["contract", "skeletons", "config", "kernels.buffers", "kernels.compiled"],
+        ["contract", "skeletons", "config", "kernels.buffers", "kernels.compiled", "kernels.threads"],
         ["kernels.*", "events"],
         ["recurrence"],
         ["normalise"],
@@ -29,14 +29,16 @@ LAYERS = {
         ["datasets.recordings", "datasets.archives", "datasets.frame_files"],
         ["datasets.*", "augment", "splits", "samples", "distributed", "schedule"],
         ["batches", "checkpoint"],
-        ["evaluate", "export", "verify", "loss", "memory"],
+        ["evaluate", "export", "verify", "loss", "memory", "stream_figures"],
+        ["stream_scores", "event_rules"],
         ["report", "publish", "preflight", "scores"],
         ["loop"],
         ["__main__"],
     ],
     "service": [
-        ["errors", "metrics", "logs"],
-        ["settings", "options", "client_values", "client_errors"],
+        ["errors", "metrics", "logs", "detector"],
+        ["settings", "options", "resampler", "client_values", "client_errors"],
+        ["progress"],
         ["engine", "batcher", "sessions", "protocol", "frames", "gate"],
         ["catalog", "runner", "bodies", "schemas", "client_ledger", "client_socket"],
         ["predictor", "client_stream"],
