@@ -72,6 +72,12 @@ class EventState:
         """Mean score of the open event so far; 0 where none is open."""
         return self.total / self.rows if self.rows else 0.0
 
+    @property
+    def frames(self) -> set[int]:
+        """The frames before the next row that the next events may name."""
+        named = {self.ended, self.start} if self.label is not None else {self.ended}
+        return named | ({self.gone_frame} if self.gone else set()) | ({self.run_frame} if self.run else set())
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

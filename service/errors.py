@@ -23,7 +23,9 @@ ServiceError           500 / 1011  internal
 │   ├── NotFinite                  not_finite
 │   ├── Empty                      empty
 │   ├── Diverged                   diverged
-│   └── LayoutUnknown              layout_unknown
+│   ├── LayoutUnknown              layout_unknown
+│   ├── WrongTime                  wrong_time
+│   └── NoEvents                   no_events
 ├── TooMany            429 / 4429  too_many
 └── Unavailable        503 / 1013  unavailable          (with Retry-After)
     ├── Overloaded                 overloaded
@@ -155,6 +157,18 @@ class Diverged(Unprocessable):
 
 class LayoutUnknown(Unprocessable):
     code = "layout_unknown"
+
+
+class WrongTime(Unprocessable):
+    """The times of frames do not go on, or are not there for all of them; `frame` says where."""
+
+    code = "wrong_time"
+
+
+class NoEvents(Unprocessable):
+    """Events were asked for, and the model has no rules for them."""
+
+    code = "no_events"
 
 
 class TooMany(ServiceError):

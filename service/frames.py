@@ -128,12 +128,13 @@ class FrameReader:
 
 @dataclass(slots=True)  # not frozen: made for each message, and frozen ones take four times as long
 class Payload:
-    """Frames as they came: parsed JSON, raw bytes or a NumPy file; `size` in bytes, `count` as a header announced it."""
+    """Frames as they came: parsed JSON, raw bytes or a NumPy file; `size` in bytes, `count` as a header announced it, `t` the time of each."""
 
     form: Literal["json", "raw", "npy"]
     value: Any
     size: int
     count: int | None = None
+    t: Any = None
 
     def read(self, reader: FrameReader, first: int = 0) -> Frames:
         """Raises what `FrameReader` raises."""

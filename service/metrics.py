@@ -23,6 +23,7 @@ class Metrics:
         self.run_seconds = Histogram("indrnn_run_seconds", "duration of a model run", ["model"], buckets=_SECONDS, registry=registry)
         self.batch_rows = Histogram("indrnn_batch_rows", "streams in one model run", ["model"], buckets=_ROWS, registry=registry)
         self.frames = Counter("indrnn_frames", "frames the model has taken", ["model"], registry=registry)
+        self.events = Counter("indrnn_events", "events decided, starts and ends", ["model"], registry=registry)
         self.waiting = Gauge("indrnn_waiting", "messages waiting or running", ["model", "version"], registry=registry)
         self.sessions_live = Gauge("indrnn_sessions_live", "live sessions", ["model"], registry=registry)
         self.sessions_opened = Counter("indrnn_sessions_opened", "sessions opened", ["model"], registry=registry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,13 +15,14 @@ Scores = Literal["last", "all", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Options in force. `layout` and `fps` are fixed when a stream opens, the others only dress its answers."""
+    """Options, as asked for or in force. `layout` and `fps` are fixed when a stream opens, the others only dress its answers."""
 
     layout: str | None = None  # of the client's skeletons; None is the model's own
     fps: float | None = None  # of the client's frames; None is the model's own
     scores: Scores = "last"
     answers: Literal["json", "binary"] = "json"
     top_k: int = 5
+    events: bool | None = None  # None: where the model has rules for them
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -50,7 +52,14 @@ def _read(name: str, value: Any) -> Any:
         if not isinstance(value, str):
             raise Malformed(f"layout must be a name, got {value!r:.60}")
         return value
-    return _read_top_k(value) if name == "top_k" else _read_fps(value)
+    return {"top_k": _read_top_k, "fps": _read_fps, "events": _read_events}[name](value)
+
+
+def _read_events(value: Any) -> bool:
+    chosen = {"true": True, "false": False}.get(value) if isinstance(value, str) else value
+    if not isinstance(chosen, bool):
+        raise Malformed(f"events must be true or false, got {value!r:.60}")
+    return chosen
 
 
 def _read_top_k(value: Any) -> int:
@@ -68,6 +77,6 @@ def _read_fps(value: Any) -> float:
         number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else 0.0
     except (ValueError, OverflowError):
         number = 0.0
-    if not 0 < number <= 10_000:
+    if not 0 < number < math.inf:
         raise Malformed(f"fps must be a number of frames a second above 0, got {value!r:.60}")
     return number

@@ -13,11 +13,14 @@ import structlog
 
 from model import skeletons
 from service.catalog import Catalog
-from service.errors import Deadline, Draining, LayoutUnknown, Malformed, Overloaded, ServiceError, TakenOver
+from service.detector import TimedEvent
+from service.errors import AnswersForgotten, Deadline, Draining, LayoutUnknown, Malformed, NoEvents, Overloaded, ServiceError, TakenOver
 from service.frames import FrameReader, Payload
 from service.metrics import Metrics
 from service.options import Options
+from service.progress import Passage, Progress
 from service.protocol import Answer
+from service.resampler import Floats, Times, read_times
 from service.runner import Runner
 from service.sessions import Cause, Owner, Rows, Session, Sessions
 from service.settings import Settings
@@ -25,7 +28,9 @@ from service.settings import Settings
 log = structlog.get_logger("predictor")
 
 _LARGE = 2**20  # bytes; payloads above are read in a thread, so that the event loop goes on
+_MANY = 2**16  # bytes; resampling more, which may give many times as many, is left to a thread for the same reason
 _MOST_QUEUED = 64  # messages of one session that wait for their turn
+MOST_FPS = 1000.0  # of clients whose rate is not the model's
 
 
 class Predictor:
@@ -92,8 +97,18 @@ class Predictor:
         options = _settled(options, runner)
         reader = self._reader(runner, options.layout)
         frames = payload.read(reader) if payload.size <= _LARGE else await asyncio.to_thread(payload.read, reader)
-        scores = await runner.run(Rows.ZERO, frames, deadline)
-        return Answer(runner.manifest, options, 0, len(frames), scores if options.scores == "all" else scores[-1:])
+        progress = Progress(runner.manifest, options.fps or runner.manifest.fps)
+        if progress.plain and payload.t is None:
+            scores = await runner.run(Rows.ZERO, frames, deadline)
+            return Answer(runner.manifest, options, 0, len(frames), scores if options.scores == "all" else scores[-1:])
+        passage = await _prepared(progress, 0, frames, payload, 0)
+        scores = await runner.run(Rows.ZERO, passage.steps, deadline)
+        if payload.size <= _LARGE:
+            passage.commit(scores)
+        else:
+            await asyncio.to_thread(passage.commit, scores)
+        self._count(runner, passage.events)
+        return _answer(runner, options, 0, len(frames), passage.scores, passage.times, passage.events)
 
     # Streams
 
@@ -108,7 +123,8 @@ class Predictor:
         except ServiceError:
             self.metrics.sessions_refused.inc()
             raise
-        session = Session(runner.name, runner.version, runner.rows.take(), len(runner.manifest.classes), options)
+        progress = Progress(runner.manifest, options.fps or runner.manifest.fps)
+        session = Session(runner.name, runner.version, runner.rows.take(), len(runner.manifest.classes), options, progress)
         self.sessions.add(session)
         self.metrics.sessions_opened.labels(runner.name).inc()
         self.metrics.sessions_live.labels(runner.name).inc()
@@ -120,6 +136,8 @@ class Predictor:
         `count` is None where only reading the payload tells. `owner` is the connection that asks, which may have been taken over.
         """
         deadline = time.monotonic() + self._settings.deadline_s
+        if options.events and session.progress.detector is None:
+            raise NoEvents(f"model {session.model} has no events: there are no rules for them in its manifest")
         async with self._turn(session, deadline, owner):
             runner = self._runners[session.model, session.version]
             if count is not None and first + count <= session.next_frame:
@@ -131,30 +149,60 @@ class Predictor:
             known = session.known(first, len(frames))
             if known == len(frames):
                 return self._stored(session, runner, first, end, options)
-            before = session.answers.get(first, session.next_frame) if known and options.scores == "all" else None  # raises before anything runs
-            scores = await runner.run(session.row, frames[known:], deadline, session.answers.add)
-            if options.scores != "all":
-                scores = scores[-1:]
-            elif before is not None:
-                scores = np.concatenate([before, scores])
-            return Answer(runner.manifest, options, first, len(frames), scores)
+            if session.progress.plain and payload.t is None:
+                before = session.answers.get(first, session.next_frame) if known and options.scores == "all" else None  # raises before anything runs
+                scores = await runner.run(session.row, frames[known:], deadline, session.answers.add)
+                if options.scores != "all":
+                    scores = scores[-1:]
+                elif before is not None:
+                    scores = np.concatenate([before, scores])
+                return Answer(runner.manifest, options, first, len(frames), scores)
+            stored = self._stored(session, runner, first, session.next_frame, options) if known and options.scores == "all" else None
+            events = self._events(session, first, session.next_frame, options)
+            passage = await _prepared(session.progress, session.next_frame, frames[known:], payload, first)
+            await self._run(session, runner, passage, deadline)
+            answer = _answer(runner, options, first, len(frames), passage.scores, passage.times, events + passage.events)
+            return answer if stored is None else stored.joined(answer)
 
-    async def reset(self, session: Session, at: int, owner: Owner | None = None) -> None:
-        """Begins anew at frame `at`, which must be the next one; repeating it does nothing."""
+    async def _run(self, session: Session, runner: Runner, passage: Passage, deadline: float) -> None:
+        """Runs what was prepared; it takes effect as a whole, even if the caller has left by then."""
+
+        def commit(scores: Floats) -> None:
+            passage.commit(scores)
+            session.answers.add(passage.scores, passage.times)
+            self._count(runner, passage.events)
+
+        if len(passage.steps):
+            await runner.run(session.row, passage.steps, deadline, commit)
+        else:  # frames between two steps of the model
+            commit(np.empty((0, len(runner.manifest.classes)), np.float32))
+
+    async def reset(self, session: Session, at: int, owner: Owner | None = None) -> list[TimedEvent]:
+        """Begins anew at frame `at`, which must be the next one; returns the end of the event that was open. Repeating it gives the same again."""
         async with self._turn(session, time.monotonic() + self._settings.deadline_s, owner):
             if session.reset(at):
-                self._runners[session.model, session.version].rows.clear(session.row)
+                runner = self._runners[session.model, session.version]
+                runner.rows.clear(session.row)
+                self._count(runner, session.progress.reset(at))
+            detector = session.progress.detector
+            return [] if detector is None else detector.of_reset(at)
 
     def acknowledge(self, session: Session, first: int) -> None:
         """Answers below `first` were received and need not be kept; an ack beyond the next frame means all of them."""
         session.used = time.monotonic()
-        session.answers.forget(min(first, session.next_frame))
+        below = min(first, session.next_frame)
+        session.answers.forget(below)
+        if session.progress.detector is not None:
+            session.progress.detector.forget(below)
 
     def kept(self, session: Session, options: Options) -> Answer | None:
         """Answers that a resuming client has not acknowledged, as one; None if there are none."""
         if session.answers.start == session.next_frame:
             return None
-        return self._stored(session, self._runners[session.model, session.version], session.answers.start, session.next_frame, options)
+        answer = self._stored(session, self._runners[session.model, session.version], session.answers.start, session.next_frame, options)
+        if session.progress.detector is not None:
+            answer.events = session.progress.detector.decided(answer.first, session.next_frame, resets=True)
+        return answer
 
     async def close(self, session: Session, cause: Cause, owner: Owner | None = None) -> None:
         """Ends the session after the message under way, if any; a connection that streams it is told, unless it is the `owner` that asks."""
@@ -214,8 +262,25 @@ class Predictor:
         return _Turn(self.sessions, session, deadline, owner)
 
     def _stored(self, session: Session, runner: Runner, first: int, end: int, options: Options) -> Answer:
-        scores = session.answers.get(first if options.scores == "all" else end - 1, end)
-        return Answer(runner.manifest, options, first, end - first, scores)
+        """The kept answer for frames [first, end); raises `AnswersForgotten`."""
+        begin = first if options.scores == "all" else end - 1
+        scores, times = session.answers.get(begin, end), session.answers.times(begin, end)
+        return _answer(runner, options, first, end - first, scores, times, self._events(session, first, end, options))
+
+    def _events(self, session: Session, first: int, end: int, options: Options) -> list[TimedEvent]:
+        """Kept events that frames [first, end) decided; raises `AnswersForgotten`."""
+        detector = session.progress.detector
+        if detector is None or options.events is False:
+            return []
+        if first < min(detector.forgotten, end):
+            raise AnswersForgotten(
+                f"events of frames {first} to {detector.forgotten - 1} are no longer kept", kept_from=detector.forgotten, next_frame=session.next_frame
+            )
+        return detector.decided(first, end)
+
+    def _count(self, runner: Runner, events: list[TimedEvent]) -> None:
+        if events:
+            self.metrics.events.labels(runner.name).inc(len(events))
 
     def _reader(self, runner: Runner, layout: str | None) -> FrameReader:
         key = (runner.name, runner.version, layout)
@@ -310,11 +375,33 @@ def stream_warning(runner: Runner) -> str:
     return ""
 
 
+async def _prepared(progress: Progress, next_frame: int, frames: Floats, payload: Payload, first: int) -> Passage:
+    """The steps of the frames that are new, from `next_frame` on; those of the message begin at `first`."""
+
+    def prepare() -> Passage:
+        known = next_frame - first
+        t: Times | None = None if payload.t is None else read_times(payload.t, known + len(frames), first)[known:]
+        return progress.prepare(next_frame, frames, t)
+
+    resamples = payload.t is not None or progress.resampler is not None
+    return await asyncio.to_thread(prepare) if resamples and payload.size > _MANY else prepare()
+
+
+def _answer(runner: Runner, options: Options, first: int, count: int, scores: Floats, times: Times | None, events: list[TimedEvent]) -> Answer:
+    """The answer as the options want it; `scores` and `times` are of all frames or of the last ones."""
+    if options.scores != "all":
+        scores, times = scores[-1:], times if times is None else times[-1:]
+    return Answer(runner.manifest, options, first, count, scores, times, [] if options.events is False else events)
+
+
 def _settled(options: Options, runner: Runner) -> Options:
     """The options with the model's own values filled in; refuses what this model cannot do."""
     manifest = runner.manifest
     if options.layout is not None and manifest.layout is None:
         raise LayoutUnknown(f"model {runner.name} takes no skeletons: it has no layout")
-    if options.fps is not None and options.fps != manifest.fps:
-        raise Malformed(f"model {runner.name} takes {manifest.fps:g} frames a second, not {options.fps:g}: resample before sending", fps=manifest.fps)
-    return dataclasses.replace(options, layout=options.layout or manifest.layout, fps=manifest.fps)
+    if options.events and manifest.events is None:
+        raise NoEvents(f"model {runner.name} has no events: there are no rules for them in its manifest")
+    if options.fps is not None and options.fps != manifest.fps and options.fps > MOST_FPS:
+        raise Malformed(f"fps {options.fps:g}: at most {MOST_FPS:g} frames a second are taken", fps=manifest.fps)
+    events = manifest.events is not None and options.events is not False
+    return dataclasses.replace(options, layout=options.layout or manifest.layout, fps=options.fps or manifest.fps, events=events)

@@ -23,9 +23,11 @@ import numpy.typing as npt
 import orjson
 
 from model.contract import Manifest
+from service.detector import TimedEvent
 from service.errors import Malformed, ServiceError, TooMany, TrackNotOpen
 from service.options import NAMES as OPTION_NAMES
 from service.options import Options
+from service.resampler import Times
 
 Floats = npt.NDArray[np.float32]
 
@@ -341,17 +343,23 @@ _READERS: dict[str, Any] = {"open": _read_open, "frames": _read_frames, "ack": _
 
 @dataclass(slots=True)
 class Answer:
-    """Scores for frames [first, first + count): `scores` (count, classes), or (1, classes) of the last frame unless all were asked for."""
+    """Scores for frames [first, first + count): `scores` (count, classes), or (1, classes) of the last frame unless all were asked for.
+
+    `times` are those of the frames that have scores here, where frames carry their own; `events` what all these frames decided.
+    """
 
     manifest: Manifest
     options: Options
     first: int
     count: int
     scores: Floats
+    times: Times | None = None
+    events: Sequence[TimedEvent] = ()
 
     def to_dict(self) -> dict[str, Any]:
         frame = self.first + self.count - 1
-        value: dict[str, Any] = {"first": self.first, "count": self.count, "frame": frame, "time": round(frame / (self.options.fps or self.manifest.fps), 6)}
+        time = frame / (self.options.fps or self.manifest.fps) if self.times is None else float(self.times[-1])
+        value: dict[str, Any] = {"first": self.first, "count": self.count, "frame": frame, "time": round(time, 6)}
         last = self.scores[-1]
         if self.manifest.task == "classification":
             value.update(self._labels(last))
@@ -359,6 +367,8 @@ class Answer:
             value["scores"] = self.scores
         elif self.options.scores == "last":
             value["scores"] = last
+        if self.manifest.events is not None and self.options.events is not False:
+            value["events"] = [event.to_dict() for event in self.events]
         return value
 
     def _labels(self, last: Floats) -> dict[str, Any]:
@@ -369,8 +379,16 @@ class Answer:
     def part(self, first: int, count: int, options: Options) -> Answer:
         """The answer for some of the frames alone, in the form that `options` ask for; this one has the scores of all its frames."""
         begin = first - self.first
-        scores = self.scores[begin : begin + count]
-        return Answer(self.manifest, options, first, count, scores if options.scores == "all" else scores[-1:])
+        end = begin + count
+        some = slice(begin if options.scores == "all" else end - 1, end)
+        times = None if self.times is None else self.times[some]
+        events = [one for one in self.events if first <= one.event.decided < first + count] if self.events else ()
+        return Answer(self.manifest, options, first, count, self.scores[some], times, events)
+
+    def joined(self, rest: Answer) -> Answer:
+        """The answer for these frames and those that follow; both have the scores of all their frames, `rest` the events of both."""
+        times = None if self.times is None or rest.times is None else np.concatenate([self.times, rest.times])
+        return Answer(self.manifest, self.options, self.first, self.count + len(rest.scores), np.concatenate([self.scores, rest.scores]), times, rest.events)
 
     def to_json(self) -> bytes:
         return encode(self.to_dict())
@@ -385,11 +403,18 @@ def write_answer(answer: Answer, track: int = 0) -> str | bytes:
     """An answer as a websocket message, text or binary as the stream's options say."""
     if answer.options.answers == "binary":
         return answer.to_binary(track)
-    return write("scores", track=track, **answer.to_dict())
+    fields = answer.to_dict()
+    fields.pop("events", None)  # they are messages of their own
+    return write("scores", track=track, **fields)
 
 
-def write_error(error: ServiceError, track: int = 0) -> str:
-    return write("error", track=track, **error.to_dict())
+def write_event(event: TimedEvent, track: int = 0) -> str:
+    return write("event", track=track, **event.to_dict())
+
+
+def write_events(answer: Answer, track: int = 0) -> list[str]:
+    """The messages that follow an answer, whatever its form: one for each event that its frames decided."""
+    return [write_event(event, track) for event in answer.events]
 
 
 def write(kind: str, **fields: Any) -> str:

@@ -75,7 +75,8 @@ async def predict(request: Request, name: str, query: Annotated[schemas.StreamQu
     """Runs all frames from the zero state. Nothing is kept: for streams, open a session."""
     predictor = _predictor(request)
     predictor.runner(name, query.version)  # an unknown model is said before a long body is read
-    payload, _ = await read_frames_body(request, _settings(request).body_bytes, ())
+    payload, fields = await read_frames_body(request, _settings(request).body_bytes, (), ("t",))
+    payload.t = fields.get("t")
     return _answer(await predictor.predict(name, query.version, payload, _options(query, _DEFAULTS)))
 
 
@@ -111,7 +112,8 @@ async def step(request: Request, session_id: str, query: Annotated[schemas.StepQ
     """Safe to repeat: frames that were taken are not run again, their kept answers are sent. A message that fails changes nothing."""
     predictor = _predictor(request)
     session = predictor.sessions.find(session_id)
-    payload, fields = await read_frames_body(request, _settings(request).body_bytes, ("first",), ("ack",))
+    payload, fields = await read_frames_body(request, _settings(request).body_bytes, ("first",), ("ack", "t"))
+    payload.t = fields.get("t")
     if not fields:
         if query.first is None:
             raise Malformed("a binary body needs ?first=, the number of its first frame")
@@ -130,16 +132,17 @@ async def step(request: Request, session_id: str, query: Annotated[schemas.StepQ
     summary="Begin anew",
     tags=["sessions"],
     response_model=None,
-    responses={200: {"model": schemas.PlaceBody}, **refusals(400, 404, 408, 409, 503)},
+    responses={200: {"model": schemas.ResetBody}, **refusals(400, 404, 408, 409, 503)},
     openapi_extra=json_body({"at": {"type": "integer", "description": "the next frame's number"}}, {"at": 120}),
 )
 async def reset(request: Request, session_id: str) -> Response:
-    """Forgets the past at the next frame; numbering goes on. Repeating it does nothing."""
+    """Forgets the past at the next frame; numbering goes on, an event that is open ends. Repeating it changes nothing and gives the same answer."""
     predictor = _predictor(request)
     session = predictor.sessions.find(session_id)
     fields = read_json(await read_body(request, 64 * 1024), ("at",))
-    await predictor.reset(session, frame_number(fields["at"], "at"))
-    return _json({"next_frame": session.next_frame, "reset_at": session.resets_at})
+    events = await predictor.reset(session, frame_number(fields["at"], "at"))
+    value: dict[str, Any] = {"next_frame": session.next_frame, "reset_at": session.resets_at}
+    return _json({**value, "events": [event.to_dict() for event in events]} if session.options.events else value)
 
 
 @router.get(

@@ -17,6 +17,7 @@ class AnswerQuery(BaseModel):
     scores: Literal["last", "all", "none"] | None = Field(None, description="scores of the last frame (default), of all frames, or none")
     answers: Literal["json", "binary"] | None = Field(None, description="`binary` answers with a binary message of kind 2 instead of JSON")
     top_k: int | None = Field(None, ge=0, le=10_000, description="how many labels, best first (default 5, at most all)")
+    events: bool | None = Field(None, description="whether JSON answers tell what starts and ends (default: where the model has rules for it)")
 
 
 class StreamQuery(AnswerQuery):
@@ -24,7 +25,7 @@ class StreamQuery(AnswerQuery):
 
     version: str | None = Field(None, description="of the model; default: the highest")
     layout: str | None = Field(None, description="joint layout of the frames, if not the model's own; `layouts` of the model says which are understood")
-    fps: float | None = Field(None, description="frame rate of the frames; must be the model's own")
+    fps: float | None = Field(None, description="frame rate of the frames, if not the model's own; at most 1000")
 
 
 class StepQuery(AnswerQuery):
@@ -37,6 +38,18 @@ class StepQuery(AnswerQuery):
 class Label(BaseModel):
     label: str
     score: float
+
+
+class EventBody(BaseModel):
+    """Something started or ended."""
+
+    event: Literal["start", "end"]
+    label: str
+    score: float = Field(description="mean score: of a start over the frames that decided it, of an end over the whole event")
+    frame: int = Field(description="where it happened, as the client counts frames; of an end the first frame after it")
+    decided: int = Field(description="the frame at which it was known")
+    time: float = Field(description="of `frame`, seconds since frame 0")
+    cause: Literal["reset"] | None = Field(None, description="of an end that a reset brought about")
 
 
 class AnswerBody(BaseModel):
@@ -53,6 +66,7 @@ class AnswerBody(BaseModel):
                 "score": 0.91,
                 "top": [{"label": "wave", "score": 0.91}],
                 "scores": [0.91, 0.09],
+                "events": [{"event": "start", "label": "wave", "score": 0.88, "frame": 0, "decided": 1, "time": 0.0}],
             }
         }
     )
@@ -65,6 +79,7 @@ class AnswerBody(BaseModel):
     score: float | None = None
     top: list[Label] | None = None
     scores: list[Any] | None = Field(None, description="one value per class, or with scores=all a list of them per frame")
+    events: list[EventBody] | None = Field(None, description="what these frames decided, where the model has events and they are not switched off")
 
 
 class ErrorBody(BaseModel):
@@ -110,6 +125,7 @@ class SessionBody(BaseModel):
     created: float = Field(description="seconds since 1970")
     idle_s: float
     streaming: bool = Field(description="whether a websocket is attached")
+    open_event: dict[str, Any] | None = Field(None, description="what has started and not ended, where the model has events")
 
 
 class PlaceBody(BaseModel):
@@ -118,6 +134,13 @@ class PlaceBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     next_frame: int
+
+
+class ResetBody(PlaceBody):
+    """Where a session began anew."""
+
+    reset_at: int
+    events: list[EventBody] | None = Field(None, description="the end of the event that was open")
 
 
 class ModelBody(BaseModel):
@@ -137,9 +160,16 @@ _NUMBERS = {
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
+_TIMES = {
+    "type": "array",
+    "items": {"type": "number"},
+    "description": "the time of each frame in seconds, which must increase; for cameras that do not keep a rate. With every message of a session or with none",
+}
+
+
 def frames_body(extra: dict[str, Any] | None = None, required: tuple[str, ...] = ("frames",), example: Any = None) -> dict[str, Any]:
     """OpenAPI's description of a body that carries frames."""
-    schema = {"type": "object", "required": list(required), "properties": {"frames": _NUMBERS, **(extra or {})}, "additionalProperties": False}
+    schema = {"type": "object", "required": list(required), "properties": {"frames": _NUMBERS, "t": _TIMES, **(extra or {})}, "additionalProperties": False}
     return {
         "requestBody": {
             "required": True,
@@ -168,7 +198,7 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         408: "deadline: waited too long, nothing changed",
         409: "gap, answers_forgotten, taken_over",
         413: "too_large",
-        422: "wrong_shape, not_finite, empty, diverged, layout_unknown",
+        422: "wrong_shape, not_finite, empty, diverged, layout_unknown, wrong_time, no_events",
         429: "too_many",
         503: "overloaded, draining; with Retry-After",
     }

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from service.errors import AnswersForgotten, Empty, Gap, ServiceError, SessionExpired, SessionNotFound, TooMany
 from service.options import Options
+from service.progress import Progress
+from service.resampler import Times
 
 Floats = npt.NDArray[np.float32]
 Cause = Literal["closed", "expired", "drained", "deleted"]
@@ -80,11 +82,12 @@ class Rows:
 
 
 class Answers:
-    """Scores of the latest frames, kept until they are acknowledged, at most `limit` frames; the oldest are forgotten."""
+    """Scores of the latest frames, and their times where frames carry them, kept until they are acknowledged, at most `limit` frames;
+    the oldest are forgotten."""
 
     def __init__(self, classes: int) -> None:
         self.limit = max(1, min(KEPT_FRAMES, KEPT_BYTES // (4 * classes)))
-        self._blocks: deque[tuple[int, Floats]] = deque()  # (first frame, scores (count, classes)), without holes
+        self._blocks: deque[tuple[int, Floats, Times | None]] = deque()  # (first frame, scores (count, classes), times (count,)), without holes
         self.end = 0  # one past the newest frame
 
     @property
@@ -97,26 +100,34 @@ class Answers:
         """How many more frames can be kept without forgetting any."""
         return max(0, self.limit - (self.end - self.start))
 
-    def add(self, scores: Floats) -> None:
-        self._blocks.append((self.end, scores))
+    def add(self, scores: Floats, times: Times | None = None) -> None:
+        self._blocks.append((self.end, scores, times))
         self.end += len(scores)
         self.forget(self.end - self.limit)
 
     def forget(self, below: int) -> None:
         """Drops the answers of frames below this number."""
         while self._blocks and self._blocks[0][0] < below:
-            first, scores = self._blocks.popleft()
+            first, scores, times = self._blocks.popleft()
             if first + len(scores) > below:
-                self._blocks.appendleft((below, scores[below - first :].copy()))
+                rest = slice(below - first, None)
+                self._blocks.appendleft((below, scores[rest].copy(), None if times is None else times[rest].copy()))
 
     def get(self, first: int, end: int) -> Floats:
         """Scores (end - first, classes); raises `AnswersForgotten` unless all of them are kept."""
+        return np.concatenate([scores[part] for part, scores, _ in self._parts(first, end)])
+
+    def times(self, first: int, end: int) -> Times | None:
+        """Times (end - first,) of frames that carry them, as `get`."""
+        parts = [None if times is None else times[part] for part, _, times in self._parts(first, end)]
+        return None if parts[0] is None else np.concatenate([times for times in parts if times is not None])
+
+    def _parts(self, first: int, end: int) -> list[tuple[slice, Floats, Times | None]]:
         if first < self.start or end > self.end:
             raise AnswersForgotten(
                 f"answers of frames {first} to {end - 1} are no longer kept, only from {self.start} on", kept_from=self.start, next_frame=self.end
             )
-        parts = [scores[max(first - at, 0) : end - at] for at, scores in self._blocks if at < end and at + len(scores) > first]
-        return np.concatenate(parts)
+        return [(slice(max(first - at, 0), end - at), scores, times) for at, scores, times in self._blocks if at < end and at + len(scores) > first]
 
 
 class Owner(Protocol):
@@ -129,13 +140,14 @@ class Owner(Protocol):
 class Session:
     """One stream. Whoever changes it holds `turn`, so that its messages take effect one after another."""
 
-    def __init__(self, model: str, version: str, row: int, classes: int, options: Options) -> None:
+    def __init__(self, model: str, version: str, row: int, classes: int, options: Options, progress: Progress) -> None:
         self.id = secrets.token_urlsafe(_ID_BYTES)
         self.model = model
         self.version = version
         self.row = row
         self.options = options
         self.answers = Answers(classes)
+        self.progress = progress
         self.turn = asyncio.Lock()
         self.owner: Owner | None = None
         self.ended: Cause | None = None
@@ -188,6 +200,7 @@ class Session:
             "created": round(self.created, 3),
             "idle_s": round(time.monotonic() - self.used, 3),
             "streaming": self.owner is not None,
+            **({} if self.progress.detector is None else {"open_event": self.progress.open_event()}),
         }
 
 

@@ -14,7 +14,22 @@ from service.errors import AnswersForgotten, Malformed, ServiceError, TooMany
 from service.frames import Payload
 from service.options import Options, read_options
 from service.predictor import Predictor
-from service.protocol import MOST_TRACKS, Answer, Close, Connection, Frames, Message, Open, Reset, join, may_join, write, write_answer
+from service.protocol import (
+    MOST_TRACKS,
+    Answer,
+    Close,
+    Connection,
+    Frames,
+    Message,
+    Open,
+    Reset,
+    join,
+    may_join,
+    write,
+    write_answer,
+    write_event,
+    write_events,
+)
 from service.sessions import Session
 
 log = structlog.get_logger("tracks")
@@ -172,7 +187,7 @@ class Track:
                 )
                 await self._link.send(write("warning", track=self.number, warning=lost.message, code=lost.code, **lost.facts))
         if (answer := self._predictor.kept(session, self._options)) is not None:
-            await self._link.send(write_answer(answer, self.number))
+            await self._send(answer)
 
     async def _work(self, session: Session) -> None:
         """Handles messages in order; returns after `close`, raises what goes wrong."""
@@ -189,7 +204,9 @@ class Track:
             elif isinstance(message, ServiceError):
                 raise message
             elif type(message) is Reset:
-                await self._predictor.reset(session, message.at, self)
+                for event in await self._predictor.reset(session, message.at, self):
+                    if self._options.events:
+                        await self._link.send(write_event(event, self.number))
                 self._done(message)
             elif type(message) is Close:
                 if not message.keep:
@@ -223,8 +240,14 @@ class Track:
             await self._advance(session, message)
 
     async def _answer(self, message: Frames, answer: Answer) -> None:
-        await self._link.send(write_answer(answer, self.number))
+        await self._send(answer)
         self._done(message)
+
+    async def _send(self, answer: Answer) -> None:
+        await self._link.send(write_answer(answer, self.number))
+        if answer.events:
+            for event in write_events(answer, self.number):
+                await self._link.send(event)
 
     def _done(self, message: Frames | Reset) -> None:
         self._link.connection.answered(message, self.credit)
@@ -261,4 +284,4 @@ class Track:
 
 
 def _payload(message: Frames) -> Payload:
-    return Payload("json" if isinstance(message.payload, list) else "raw", message.payload, message.size, message.count)
+    return Payload("json" if isinstance(message.payload, list) else "raw", message.payload, message.size, message.count, message.t)

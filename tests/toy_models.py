@@ -18,7 +18,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from model import skeletons
-from model.contract import CONTRACT_VERSION, MANIFEST_KEY, MODEL_FILE, Architecture, DataSource, Manifest, Metrics, Parity, SelfTest, StreamReport
+from model.contract import CONTRACT_VERSION, MANIFEST_KEY, MODEL_FILE, Architecture, DataSource, EventRules, Manifest, Metrics, Parity, SelfTest, StreamReport
 
 Floats = npt.NDArray[np.float32]
 OPSET, IR_VERSION = 20, 10
@@ -38,6 +38,7 @@ class Toy:
     task: Any = "classification"
     fps: float = 30.0
     stream: StreamReport | None = None
+    events: EventRules | None = None
     seed: int = 7
 
     @property
@@ -50,6 +51,8 @@ SKELETON = Toy(shape=(13, 3), layout="body-13", units=24)
 GAPPY = Toy(shape=(13, 3), layout="body-13", missing=True, seed=3)
 GAPPY_CHANNELS = Toy(missing=True, seed=4)
 EXPLOSIVE = Toy(shape=(2,), layers=1, units=4, classes=("speed", "lean"), gain=1e33, task="regression", seed=5)
+GESTURES = Toy(events=EventRules(nothing="rest", enter=0.5, leave=0.4, least=3, gap=2))
+GAPPY_GESTURES = Toy(missing=True, seed=4, fps=25.0, events=EventRules(nothing=None, enter=0.5, leave=0.3, least=2, gap=3))
 WIDE = Toy(shape=(150,), layers=6, units=512, classes=tuple(f"class {i}" for i in range(60)), seed=6)
 
 
@@ -80,6 +83,15 @@ def write_failing_self_test(directory: Path, name: str) -> Path:
 def example_frames(toy: Toy, count: int, seed: int = 0) -> Floats:
     """(count, *shape) of plausible coordinates."""
     return np.random.default_rng(seed).normal(0, 0.5, (count, *toy.shape)).astype(np.float32)
+
+
+def moving_frames(toy: Toy, count: int, seed: int = 0) -> Floats:
+    """(count, *shape) that move about slowly, so that what a toy says of them holds for some frames."""
+    corners = np.random.default_rng(seed).normal(0, 1, (count // 15 + 2, *toy.shape))
+    place = np.arange(count) / 15
+    part = (place % 1).reshape(-1, *[1] * len(toy.shape))
+    whole = place.astype(int)
+    return (corners[whole] * (1 - part) + corners[whole + 1] * part).astype(np.float32)
 
 
 def build(toy: Toy) -> onnx.ModelProto:
@@ -147,6 +159,7 @@ def manifest_of(toy: Toy, model: onnx.ModelProto, name: str) -> Manifest:
         self_test=SelfTest(frames=listed, scores=scores[0].tolist()),
         fingerprint=hashlib.sha256(model.SerializeToString()).hexdigest(),
         made_by="tests",
+        events=toy.events,
     )
 
 

@@ -24,6 +24,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_models.write_toy(directory, "gappy", toy_models.GAPPY)
     toy_models.write_toy(directory, "gappy-channels", toy_models.GAPPY_CHANNELS)
     toy_models.write_toy(directory, "explosive", toy_models.EXPLOSIVE)
+    toy_models.write_toy(directory, "gestures", toy_models.GESTURES)
+    toy_models.write_toy(directory, "gappy-gestures", toy_models.GAPPY_GESTURES)
     toy_models.write_failing_self_test(directory, "wrong")
     toy_models.write_without_manifest(directory, "bare")
     return directory

@@ -18,7 +18,7 @@ from tests.server_process import Server
 from tests.toy_models import CHANNELS, EXPLOSIVE, GAPPY, SKELETON, example_frames
 
 STATUS = {
-    "malformed": (400, 4400), "wrong_shape": (422, 4422), "not_finite": (422, 4422), "empty": (422, 4422), "diverged": (422, 4422),
+    "malformed": (400, 4400), "wrong_shape": (422, 4422), "not_finite": (422, 4422), "empty": (422, 4422), "diverged": (422, 4422), "wrong_time": (422, 4422),
     "gap": (409, 4409), "answers_forgotten": (409, 4409), "track_not_open": (409, 4409), "too_large": (413, 1009),
 }  # fmt: skip
 TAKEN = 3  # frames that each session has when the fault comes
@@ -31,6 +31,11 @@ class Fault:
     model: str = "channels"
     frames: Any = None  # JSON value, or bytes of float32
     first: Any = TAKEN
+    t: Any = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return {"first": self.first, "frames": self.frames, **({} if self.t is None else {"t": self.t})}
 
 
 def _floats(*values: float) -> bytes:
@@ -75,6 +80,10 @@ FAULTS = [
     Fault("a place that is no number", "malformed", frames=[[0.1, 0.2, 0.3]], first="3"),
     Fault("a place that is true", "malformed", frames=[[0.1, 0.2, 0.3]], first=True),
     Fault("a place beyond 64 bits", "malformed", frames=[[0.1, 0.2, 0.3]], first=2**64),
+    Fault("times of frames that began without", "wrong_time", frames=[[0.1, 0.2, 0.3]], t=[0.1]),
+    Fault("too few times", "wrong_time", frames=[[0.1, 0.2, 0.3]] * 2, t=[0.1]),
+    Fault("a time that is a string", "wrong_time", frames=[[0.1, 0.2, 0.3]], t=["0.1"]),
+    Fault("a time that is too large", "wrong_time", frames=[[0.1, 0.2, 0.3]], t=[10**399]),
     Fault("legal but extreme", "diverged", "explosive", [[1e6, 1e6], [-1e6, 1e6]]),
     Fault("extreme in its third slice", "diverged", "explosive", [*example_frames(EXPLOSIVE, 70).tolist(), [1e6, -1e6], [-1e6, 1e6]]),
 ]
@@ -112,7 +121,7 @@ def test_rest(http: httpx.Client, fault: Fault) -> None:
             f"/v1/sessions/{session}/frames", params={"first": fault.first}, content=fault.frames, headers={"content-type": "application/octet-stream"}
         )
     else:
-        answer = http.post(f"/v1/sessions/{session}/frames", json={"first": fault.first, "frames": fault.frames})
+        answer = http.post(f"/v1/sessions/{session}/frames", json=fault.fields)
     assert (answer.status_code, answer.json()["code"]) == (STATUS[fault.code][0], fault.code), answer.text
     assert answer.json()["error"]
     _unchanged(http, fault.model, session)
@@ -125,7 +134,7 @@ def test_websocket(http: httpx.Client, server: Server, fault: Fault) -> None:
         count = -(-len(fault.frames) // 12)  # whole frames, the last one perhaps cut
         message: Any = struct.pack("<BBHIQ", 1, 1, 0, count, fault.first) + fault.frames
     else:
-        message = json.dumps({"type": "frames", "first": fault.first, "frames": fault.frames})
+        message = json.dumps({"type": "frames", **fault.fields})
     _refused(server, fault.model, session, message, fault.code)
     _unchanged(http, fault.model, session)
 
@@ -155,6 +164,7 @@ BROKEN_MESSAGES = {
     "no frames": '{"type": "frames", "first": 3}',
     "frames are a string": '{"type": "frames", "first": 3, "frames": "abc"}',
     "second open": '{"type": "open"}',
+    "times that are no list": '{"type": "frames", "first": 3, "frames": [[0, 0, 0]], "t": 0.1}',
     "track is no number": '{"type": "frames", "track": "0", "first": 3, "frames": [[0, 0, 0]]}',
     "ack without a place": '{"type": "ack"}',
     "reset at a float": '{"type": "reset", "at": 3.5}',
@@ -248,6 +258,7 @@ def test_forgotten_answers(http: httpx.Client) -> None:
     assert http.get(f"/v1/sessions/{session}").json()["kept_from"] == 26
 
 
+NEXT = {"first": TAKEN, "frames": [[0.1, 0.2, 0.3]]}
 MISSING: list[tuple[str, Callable[[httpx.Client], httpx.Response], int, str]] = [
     ("model", lambda http: http.post("/v1/models/nothing/predict", json={"frames": [[0, 0, 0]]}), 404, "model_not_found"),
     ("version", lambda http: http.post("/v1/models/channels/predict?version=2", json={"frames": [[0, 0, 0]]}), 404, "model_not_found"),
@@ -260,7 +271,13 @@ MISSING: list[tuple[str, Callable[[httpx.Client], httpx.Response], int, str]] = 
     ("method", lambda http: http.put("/v1/models"), 405, "method_not_allowed"),
     ("layout", lambda http: http.post("/v1/models/skeleton/sessions?layout=lego"), 422, "layout_unknown"),
     ("layout of a model without", lambda http: http.post("/v1/models/channels/sessions?layout=body-13"), 422, "layout_unknown"),
-    ("another frame rate", lambda http: http.post("/v1/models/channels/sessions?fps=15"), 400, "malformed"),
+    ("too high a frame rate", lambda http: http.post("/v1/models/channels/sessions?fps=1000.5"), 400, "malformed"),
+    ("no frame rate", lambda http: http.post("/v1/models/channels/sessions?fps=0"), 400, "malformed"),
+    ("an endless frame rate", lambda http: http.post("/v1/models/channels/predict?fps=inf", json={"frames": [[0, 0, 0]]}), 400, "malformed"),
+    ("events of a model without", lambda http: http.post("/v1/models/channels/sessions?events=true"), 422, "no_events"),
+    ("events of a clip's model without", lambda http: http.post("/v1/models/channels/predict?events=true", json={"frames": [[0, 0, 0]]}), 422, "no_events"),
+    ("events in a step", lambda http: http.post(f"/v1/sessions/{_rest_session(http, 'channels')}/frames?events=true", json=NEXT), 422, "no_events"),
+    ("events that are a number", lambda http: http.post("/v1/models/gestures/sessions", json={"events": 1}), 400, "malformed"),
     ("reset elsewhere", lambda http: http.post(f"/v1/sessions/{_rest_session(http, 'channels')}/reset", json={"at": 1}), 409, "gap"),
     ("management is off", lambda http: http.get("/v1/sessions"), 403, "forbidden"),
 ]

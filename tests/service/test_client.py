@@ -415,7 +415,7 @@ def test_refusals_have_their_class_code_and_facts(server: Server) -> None:
                 async with client.stream("skeleton", layout="horse"):
                     pass
             with pytest.raises(errors.Malformed, match="frames a second"):
-                async with client.stream("channels", fps=12.5):
+                async with client.stream("channels", fps=1200):
                     pass
             with pytest.raises(errors.WrongShape):
                 await client.predict("channels", np.zeros((4, 5)))

@@ -6,21 +6,36 @@ import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service import detector
 from service.catalog import Catalog
-from service.errors import Diverged, Draining, Gap, ServiceError, SessionExpired, SessionNotFound, TakenOver, TooMany
+from service.errors import (
+    AnswersForgotten,
+    Diverged,
+    Draining,
+    Gap,
+    NoEvents,
+    NotFinite,
+    ServiceError,
+    SessionExpired,
+    SessionNotFound,
+    TakenOver,
+    TooMany,
+    WrongTime,
+)
 from service.frames import Payload
 from service.metrics import Metrics
 from service.options import Options
 from service.predictor import Predictor
+from service.sessions import Session
 from service.settings import Settings
-from tests.toy_models import CHANNELS, EXPLOSIVE, example_frames
+from tests.toy_models import CHANNELS, EXPLOSIVE, GAPPY_GESTURES, GESTURES, example_frames, moving_frames
 
 ALL = Options(scores="all")
 CLIP = example_frames(CHANNELS, 150, seed=5)
@@ -95,6 +110,182 @@ def test_neighbours_do_not_change_a_bit(catalog: Catalog) -> None:
         assert results[0].tobytes() == results[1].tobytes() == expected.tobytes()
         for result, clip in zip(results[2:], clips, strict=True):
             assert result.tobytes() == (await whole(predictor, clip)).tobytes()
+
+    serve(catalog, scenario)
+
+
+GESTURE = moving_frames(GESTURES, 150, seed=8)
+GAPPY_GESTURE = moving_frames(GAPPY_GESTURES, 150, seed=9)
+GAPPY_GESTURE[::7, 1] = np.nan
+JITTER = np.cumsum(np.random.default_rng(4).choice([0.02, 0.033, 0.04, 0.1, 2.5], 150, p=[0.3, 0.4, 0.2, 0.09, 0.01])) + 1.7e9
+RATES = st.sampled_from([("gestures", 30.0), ("gestures", 15.0), ("gestures", 60.0), ("gestures", 0.0), ("gappy-gestures", 12.5), ("gappy-gestures", 0.0)])
+
+
+def timed(frames: np.ndarray, t: np.ndarray | None) -> Payload:
+    return Payload("raw", frames.tobytes(), frames.nbytes, t=None if t is None else t.tolist())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(STEPS, RATES, st.sampled_from(["all", "last"]))
+def test_time_and_events_do_not_depend_on_how_a_stream_is_cut(
+    catalog: Catalog, steps: list[tuple[int, int, bool]], rate: tuple[str, float], scores: Literal["all", "last"]
+) -> None:
+    """Rates beside the model's, frames with their own times (0: a jittery camera), events: each step goes back by some frames and sends some more,
+    perhaps after messages that fail."""
+    model, fps = rate
+    frames, t = (GESTURE if model == "gestures" else GAPPY_GESTURE), (None if fps else JITTER)
+    options = Options(scores=scores, fps=fps or None)
+
+    async def scenario(predictor: Predictor) -> None:
+        whole = await predictor.predict(model, None, timed(frames, t), dataclasses.replace(options, scores="all"))
+        assert len(whole.scores) == len(frames)
+        assert len(whole.events) > 3
+        session = predictor.open(model, None, options)
+        for back, count, fails_before in steps:
+            first = max(0, session.next_frame - back)
+            end = min(len(frames), first + count)
+            if first == end:
+                break
+            part = None if t is None else t[first:end]
+            if fails_before:
+                await fail(predictor, session, frames, t)
+            answer = await predictor.advance(session, first, end - first, timed(frames[first:end], part), options)
+            assert (answer.first, answer.count) == (first, end - first)
+            assert answer.scores.tobytes() == whole.scores[first if scores == "all" else end - 1 : end].tobytes()
+            expected = whole.part(first, end - first, options)
+            assert list(answer.events) == list(expected.events)
+            assert answer.to_dict()["time"] == expected.to_dict()["time"]
+
+    serve(catalog, scenario)
+
+
+async def fail(predictor: Predictor, session: Session, frames: np.ndarray, t: np.ndarray | None) -> None:
+    """Messages that are refused at several places on their way; none may leave a trace."""
+    at = session.next_frame
+    with pytest.raises(Gap):
+        await predictor.advance(session, at + 1, 1, timed(frames[:1], None if t is None else t[-1:]), ALL)
+    with pytest.raises(WrongTime):
+        await predictor.advance(session, at, 2, Payload("raw", frames[:2].tobytes(), 24, t=[3.0, 3.0]), ALL)
+    with pytest.raises(NotFinite):
+        await predictor.advance(session, at, 1, timed(np.full((1, 3), np.inf, np.float32), None if t is None else t[-1:]), ALL)
+    if at and t is not None:
+        with pytest.raises(WrongTime, match=f"frame {at}: this stream began with t"):
+            await predictor.advance(session, at, 1, raw(frames[:1]), ALL)
+
+
+def test_the_models_own_rate_is_the_path_without_a_resampler(catalog: Catalog) -> None:
+    async def scenario(predictor: Predictor) -> None:
+        for options in (ALL, dataclasses.replace(ALL, fps=30.0)):
+            session = predictor.open("channels", None, options)
+            assert session.progress.plain
+            await predictor.advance(session, 0, None, raw(CLIP), options)
+            assert session.progress.plain
+            assert session.progress.resampler is None
+        even = await predictor.predict("channels", None, timed(CLIP, np.arange(150) / 30), ALL)
+        assert even.scores.tobytes() == (await whole(predictor)).tobytes()  # times of that rate change nothing either
+
+    serve(catalog, scenario)
+
+
+@pytest.mark.parametrize(("fps", "every"), [(60.0, 2), (15.0, 1)])
+def test_scores_are_those_of_the_resampled_clip(catalog: Catalog, fps: float, every: int) -> None:
+    """Twice the rate: every second frame. Half: the clip with its midpoints."""
+    midpoints = (CLIP[:-1] + (CLIP[1:] - CLIP[:-1]) * np.float32(0.5)).astype(np.float32)
+    model_frames = CLIP[::2] if fps == 60 else np.insert(CLIP, np.arange(1, 150), midpoints, axis=0)
+
+    async def scenario(predictor: Predictor) -> None:
+        expected = await whole(predictor, np.ascontiguousarray(model_frames))
+        answer = await predictor.predict("channels", None, raw(CLIP), dataclasses.replace(ALL, fps=fps))
+        assert answer.scores.tobytes() == (expected.repeat(2, axis=0) if every == 2 else expected[::2]).tobytes()
+        assert answer.to_dict()["time"] == round(149 / fps, 6)
+
+    serve(catalog, scenario)
+
+
+def test_a_reset_ends_what_is_open_and_starts_the_clock_anew(catalog: Catalog) -> None:
+    options = Options(scores="all", fps=20.0)
+
+    async def scenario(predictor: Predictor) -> None:
+        expected = await predictor.predict("gestures", None, raw(GESTURE[:60]), options)
+        session = predictor.open("gestures", None, options)
+        first = 0
+        while session.progress.open_event() is None:
+            await predictor.advance(session, first, 1, raw(GESTURE[first : first + 1]), options)
+            first += 1
+        started = session.facts()["open_event"]
+        (end,) = await predictor.reset(session, first)
+        assert await predictor.reset(session, first) == [end]  # repeating it tells the same
+        assert (end.event.event, end.event.cause, end.event.label, end.event.frame, end.time) == ("end", "reset", started["label"], first, first / 20)
+        assert session.facts()["open_event"] is None
+        answer = await predictor.advance(session, first, None, raw(GESTURE[:60]), options)
+        assert answer.scores.tobytes() == expected.scores.tobytes()
+        assert [(one.event.event, one.event.frame - first, one.event.decided - first) for one in answer.events] == [
+            (one.event.event, one.event.frame, one.event.decided) for one in expected.events
+        ]
+        predictor.acknowledge(session, first)
+        kept = predictor.kept(session, options)
+        assert kept is not None
+        assert list(kept.events) == [end, *answer.events]  # what a resuming client may have missed, the reset's among it
+        predictor.acknowledge(session, first + 1)
+        assert list(predictor.kept(session, options).events) == list(answer.events)  # type: ignore[union-attr]
+        counted = len(answer.events) + len(expected.events) + 2
+        assert f'indrnn_events_total{{model="gestures"}} {counted}.0' in predictor.metrics.text().decode()
+
+    serve(catalog, scenario)
+
+
+def test_a_message_that_diverges_leaves_time_and_events_as_they_were(catalog: Catalog) -> None:
+    frames = example_frames(EXPLOSIVE, 40)
+    extreme = np.concatenate([frames[20:30], np.full((2, 2), 1e6, np.float32), np.array([[1e6, -1e6]], np.float32)])
+    options = Options(scores="all", fps=45.0)
+
+    async def scenario(predictor: Predictor) -> None:
+        expected = (await predictor.predict("explosive", None, raw(frames), options)).scores
+        session = predictor.open("explosive", None, options)
+        await predictor.advance(session, 0, None, raw(frames[:20]), options)
+        before = session.progress.to_dict()
+        with pytest.raises(Diverged):
+            await predictor.advance(session, 20, None, raw(extreme), options)
+        assert session.progress.to_dict() == before
+        answer = await predictor.advance(session, 20, None, raw(frames[20:]), options)
+        assert answer.scores.tobytes() == expected[20:].tobytes()
+
+    serve(catalog, scenario)
+
+
+def test_events_may_be_switched_off_and_on_again(catalog: Catalog) -> None:
+    """The detector goes on unseen."""
+    off, on = Options(events=False), Options(events=True)
+
+    async def scenario(predictor: Predictor) -> None:
+        expected = (await predictor.predict("gestures", None, raw(GESTURE), on)).events
+        assert "events" not in (await predictor.predict("gestures", None, raw(GESTURE), off)).to_dict()
+        session = predictor.open("gestures", None, off)
+        assert session.options.events is False
+        assert "events" not in (await predictor.advance(session, 0, None, raw(GESTURE[:70]), session.options)).to_dict()
+        answer = await predictor.advance(session, 70, None, raw(GESTURE[70:]), on)
+        assert list(answer.events) == [one for one in expected if one.event.decided >= 70]
+        with pytest.raises(NoEvents, match="channels has no events"):
+            predictor.open("channels", None, on)
+        assert predictor.open("channels", None, off).options.events is False
+
+    serve(catalog, scenario)
+
+
+def test_more_events_than_are_kept(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeat never tells less than the first answer did."""
+    monkeypatch.setattr(detector, "KEPT_EVENTS", 3)
+
+    async def scenario(predictor: Predictor) -> None:
+        session = predictor.open("gestures", None, Options())
+        answer = await predictor.advance(session, 0, None, raw(GESTURE), session.options)
+        assert len(answer.events) > 3
+        with pytest.raises(AnswersForgotten, match="events of frames 0 to"):
+            await predictor.advance(session, 0, None, raw(GESTURE), session.options)
+        late = answer.events[-3].event.decided
+        again = await predictor.advance(session, late, None, raw(GESTURE[late:]), session.options)
+        assert list(again.events) == list(answer.events[-3:])
+        await predictor.advance(session, 0, None, raw(GESTURE), dataclasses.replace(session.options, events=False))
 
     serve(catalog, scenario)
 

@@ -18,7 +18,7 @@ def test_models_and_failures_are_listed(http: httpx.Client) -> None:
     value = http.get("/v1/models").json()
     served = {model["name"]: model for model in value["models"]}
     shipped = {folder.name for folder in SHIPPED.iterdir()}
-    assert set(served) - shipped == {"channels", "explosive", "gappy", "gappy-channels", "skeleton"}
+    assert set(served) - shipped == {"channels", "explosive", "gappy", "gappy-channels", "gappy-gestures", "gestures", "skeleton"}
     assert served["channels"]["versions"] == ["1", "9", "10"]
     assert served["channels"]["device"]["provider"] == "CPUExecutionProvider"
     reasons = {failure["name"]: failure["reason"] for failure in value["failed"]}
@@ -146,7 +146,7 @@ def test_the_api_page_describes_every_route(http: httpx.Client) -> None:
         for method, call in calls.items():
             assert call["summary"], (path, method)
     names = {parameter["name"] for parameter in page["paths"]["/v1/models/{name}/predict"]["post"]["parameters"]}
-    assert names == {"name", "version", "layout", "fps", "scores", "answers", "top_k"}
+    assert names == {"name", "version", "layout", "fps", "scores", "answers", "top_k", "events"}
     assert "ErrorBody" in page["components"]["schemas"]
 
 

@@ -7,7 +7,11 @@ import pytest
 
 from service.errors import AnswersForgotten, Empty, Gap, SessionExpired, SessionNotFound, TooMany
 from service.options import Options
+from service.progress import Progress
 from service.sessions import Answers, Cause, Rows, Session, Sessions, digest
+from tests import toy_models
+
+MANIFEST = toy_models.manifest_of(toy_models.CHANNELS, toy_models.build(toy_models.CHANNELS), "toy")
 
 
 def scores(first: int, count: int, classes: int = 2) -> np.ndarray:
@@ -15,7 +19,7 @@ def scores(first: int, count: int, classes: int = 2) -> np.ndarray:
 
 
 def session(rows: Rows | None = None) -> Session:
-    return Session("toy", "1", rows.take() if rows else 1, 2, Options())
+    return Session("toy", "1", rows.take() if rows else 1, 2, Options(), Progress(MANIFEST, MANIFEST.fps))
 
 
 def test_rows_begin_with_zeros_and_are_given_back_once() -> None:
@@ -56,6 +60,20 @@ def test_answers_are_kept_up_to_the_limit() -> None:
     answers.forget(98)
     np.testing.assert_array_equal(answers.get(98, 100), scores(98, 2))
     assert answers.room
+
+
+def test_times_are_kept_with_the_scores_of_their_frames() -> None:
+    answers = Answers(2)
+    for first in range(0, 100, 5):
+        answers.add(scores(first, 5), np.arange(first, first + 5) / 7)
+    np.testing.assert_array_equal(answers.times(38, 99), np.arange(38, 99) / 7)  # type: ignore[arg-type]
+    answers.forget(98)
+    np.testing.assert_array_equal(answers.times(98, 100), np.arange(98, 100) / 7)  # type: ignore[arg-type]
+    with pytest.raises(AnswersForgotten):
+        answers.times(97, 99)
+    plain = Answers(2)
+    plain.add(scores(0, 5))
+    assert plain.times(0, 5) is None
 
 
 def test_wide_answers_are_limited_by_bytes() -> None:

@@ -148,7 +148,7 @@ def test_opened_says_what_is_in_force(server: Server) -> None:
         opened = receive(socket)
         assert opened["type"] == "opened"
         assert (opened["next_frame"], opened["window"], opened["frame_shape"], opened["version"]) == (0, 64, [3], "10")
-        assert opened["options"] == {"layout": None, "fps": 30.0, "scores": "last", "answers": "json", "top_k": 1}
+        assert opened["options"] == {"layout": None, "fps": 30.0, "scores": "last", "answers": "json", "top_k": 1, "events": False}
         assert opened["limits"]["message_bytes"] == 2**20
         answer = step(socket, 0, CLIP[:2])
         assert (answer["type"], answer["track"], answer["frame"], len(answer["top"]), len(answer["scores"])) == ("scores", 0, 1, 1, 4)
