@@ -5,6 +5,8 @@
         with client.stream("rehab-exercises") as stream:
             for answer in stream.play(chunks):
                 print(answer.frame, answer.label, answer.score)
+        with client.tracks("rehab-exercises") as tracks:  # several people on one connection
+            person = tracks.stream(on_event=print).open()
 
 A stream outlives its socket: when the connection is lost the client comes back to the same session, sends again what the server has not
 taken, and delivers every answer once, in order. What the service refuses is raised as the classes of `service.errors`, with `code` and `facts`.
@@ -17,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +27,12 @@ import numpy.typing as npt
 from service.client_async import AsyncClient
 from service.client_errors import ClientError, StreamClosed, Unreachable, error_from
 from service.client_stream import AsyncStream
-from service.client_values import TOP, Answer, Frames, Model, Retry
+from service.client_tracks import AsyncTracks
+from service.client_values import TOP, Answer, Event, Frames, Model, OnEvent, Retry, StreamOptions
 
 __all__ = [
-    "TOP", "Answer", "AsyncClient", "AsyncStream", "Client", "ClientError", "Model", "Retry", "Stream", "StreamClosed", "Unreachable", "error_from",
+    "TOP", "Answer", "AsyncClient", "AsyncStream", "AsyncTracks", "Client", "ClientError", "Event", "Model", "OnEvent", "Retry", "Stream",
+    "StreamClosed", "StreamOptions", "Tracks", "Unreachable", "error_from",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -61,8 +65,11 @@ class Client:
     def predict(self, name: str, frames: npt.ArrayLike, **options: Any) -> Answer:
         return self._loop.call(self._client.predict(name, frames, **options))
 
-    def stream(self, name: str, **options: Any) -> Stream:
-        return Stream(self._loop, self._client.stream(name, **options))
+    def stream(self, name: str, *, on_event: OnEvent | None = None, **options: Unpack[StreamOptions]) -> Stream:
+        return Stream(self._loop, self._client.stream(name, on_event=on_event, **options))
+
+    def tracks(self, name: str) -> Tracks:
+        return Tracks(self._loop, self._client.tracks(name))
 
     def open_session(self, name: str, **options: Any) -> dict[str, Any]:
         return self._loop.call(self._client.open_session(name, **options))
@@ -80,15 +87,39 @@ class Client:
         self._loop.call(self._client.close_session(session))
 
 
+class Tracks:
+    """`AsyncTracks` for programs without an event loop. Use it as `with`."""
+
+    def __init__(self, loop: _LoopThread, tracks: AsyncTracks) -> None:
+        self._loop = loop
+        self._tracks = tracks
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def stream(self, *, on_event: OnEvent | None = None, **options: Unpack[StreamOptions]) -> Stream:
+        return Stream(self._loop, self._tracks.stream(on_event=on_event, **options))
+
+    def close(self, *, keep: bool = False) -> None:
+        if self._loop.running:  # else they ended with their client
+            self._loop.call(self._tracks.close(keep=keep))
+
+
 class Stream:
-    """`AsyncStream` for programs without an event loop. Use it as `with`."""
+    """`AsyncStream` for programs without an event loop. Use it as `with`, or `open` it and `close` it. `on_event` is called on the client's thread."""
 
     def __init__(self, loop: _LoopThread, stream: AsyncStream) -> None:
         self._loop = loop
         self.inner = stream  # its figures (`session`, `next_frame`, `window`, `warnings`, ...) may be read from here
 
     def __enter__(self) -> Self:
-        self._loop.call(self.inner.__aenter__())
+        return self.open()
+
+    def open(self) -> Self:
+        self._loop.call(self.inner.open())
         return self
 
     def __exit__(self, *exc: object) -> None:

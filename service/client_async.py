@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -14,7 +14,8 @@ import numpy.typing as npt
 from service.client_errors import ClientError, Unreachable, http_refusal, nobody_at
 from service.client_socket import Dialer
 from service.client_stream import AsyncStream
-from service.client_values import TOP, Answer, Model, Retry
+from service.client_tracks import AsyncTracks
+from service.client_values import TOP, Answer, Model, OnEvent, Retry, StreamOptions, opening
 
 ScoresOption = Literal["last", "all", "none"]
 
@@ -59,21 +60,16 @@ class AsyncClient:
         query = {"version": version, "layout": layout, "scores": scores, "top_k": top_k}
         return Answer.from_json(await self._call("POST", f"/v1/models/{_part(name)}/predict", frames, **query))
 
-    def stream(
-        self,
-        name: str,
-        *,
-        version: str | None = None,
-        session: str | None = None,
-        ack: int | None = None,
-        fps: float | None = None,
-        layout: str | None = None,
-        scores: Literal["last", "all"] = "all",
-    ) -> AsyncStream:
-        """A stream on a new session, or on `session`; then `ack` asks for its kept answers from that frame on."""
-        given = {"version": version, "session": session, "ack": ack, "fps": fps, "layout": layout, "scores": scores, "answers": "binary"}
-        dialer = Dialer(self.url, f"/v1/models/{_part(name)}/stream", self._headers, self._timeout_s)
-        return AsyncStream(dialer, _given(given), self._retry)
+    def stream(self, name: str, *, on_event: OnEvent | None = None, **options: Unpack[StreamOptions]) -> AsyncStream:
+        """A stream on a new session, or on `session`; then `ack` asks for its kept answers from that frame on. It has a connection of its own."""
+        return AsyncStream(self._dialer(name), opening(options), self._retry, on_event)
+
+    def tracks(self, name: str) -> AsyncTracks:
+        """Streams of one model on one connection: one for each person in view."""
+        return AsyncTracks(self._dialer(name), self._retry)
+
+    def _dialer(self, name: str) -> Dialer:
+        return Dialer(self.url, f"/v1/models/{_part(name)}/stream", self._headers, self._timeout_s)
 
     # Sessions over REST: for programs that post frames now and then.
 

@@ -1,12 +1,12 @@
-"""The way to a stream's websocket: handshake, `open`, `opened`."""
+"""The way to a stream: a websocket, its handshake, `open`, `opened`."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -20,31 +20,51 @@ Socket = ClientConnection
 _OPTIONS: dict[str, Any] = {"compression": None, "max_size": None, "max_queue": None}
 
 
+class Wire(Protocol):
+    """What carries one stream: a websocket, or one track of it. Raises `ConnectionClosed` where that was lost."""
+
+    async def send(self, message: str | bytes) -> None: ...
+    async def recv(self) -> str | bytes: ...
+    def __aiter__(self) -> AsyncIterator[str | bytes]: ...
+    async def close(self) -> None: ...
+
+
+class Opener(Protocol):
+    """Where wires come from."""
+
+    async def open(self, options: Mapping[str, Any]) -> tuple[Wire, dict[str, Any]]:
+        """A wire on which the server has said `opened`, and what it said; raises what it refuses or `Unreachable`."""
+
+
 @dataclass(frozen=True)
 class Dialer:
-    """Opens sockets to one model's streams of the service at `url`."""
+    """Opens sockets to one model's streams of the service at `url`, each for one stream. An `Opener`."""
 
     url: str
     path: str
     headers: dict[str, str]
     timeout_s: float
 
-    async def open(self, options: Mapping[str, Any]) -> tuple[Socket, dict[str, Any]]:
-        """A socket on which the server has said `opened`, and what it said; raises what it refuses or `Unreachable`."""
-        socket = await self._dial()
+    async def open(self, options: Mapping[str, Any]) -> tuple[Wire, dict[str, Any]]:
+        socket = await self.dial()
+        return socket, await self.begin(socket, options)
+
+    async def begin(self, wire: Wire, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Says `open` and returns `opened`; raises what the server refuses or `Unreachable`, and then the wire is closed."""
         try:
             async with asyncio.timeout(self.timeout_s):
-                await socket.send(json.dumps({"type": "open", **options}))
-                return socket, await _opened(socket)
+                await wire.send(json.dumps({"type": "open", **options}))
+                return await _opened(wire)
         except BaseException as error:
-            await socket.close()
+            await wire.close()
             if isinstance(error, TimeoutError):
                 raise Unreachable(f"{self.url} did not open the stream within {self.timeout_s:g} s") from None
             if isinstance(error, ConnectionClosed):
                 raise refusal(error) from None
             raise
 
-    async def _dial(self) -> Socket:
+    async def dial(self) -> Socket:
+        """A websocket, on which nothing was said yet; raises `Unreachable`, or what its handshake is refused with."""
         address = f"ws{self.url.removeprefix('http')}{self.path}"
         try:
             return await connect(address, additional_headers=self.headers, open_timeout=self.timeout_s, **_OPTIONS)
@@ -54,9 +74,9 @@ class Dialer:
             raise nobody_at(self.url, error) from None
 
 
-async def _opened(socket: Socket) -> dict[str, Any]:
+async def _opened(wire: Wire) -> dict[str, Any]:
     while True:
-        message = await socket.recv()
+        message = await wire.recv()
         value: dict[str, Any] = json.loads(message) if isinstance(message, str) else {}
         if value.get("type") in ("error", "draining"):
             raise error_from(value)

@@ -1,4 +1,4 @@
-"""A stream that outlives its socket: one session on one websocket after another."""
+"""A stream that outlives its socket: one session on one connection after another."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from websockets.exceptions import ConnectionClosed
 from service import errors, protocol
 from service.client_errors import StreamClosed, Unreachable, error_from
 from service.client_ledger import Ledger, as_frames
-from service.client_socket import Dialer, Socket, refusal
-from service.client_values import Answer, Retry, Source, pieces
+from service.client_socket import Opener, Wire, refusal
+from service.client_values import Answer, Event, OnEvent, Retry, Source, pieces
 from service.errors import ServiceError
 
+_EVENTS = 256  # more than the frames of a window can decide
 _GOODBYE_S = 5.0  # how long a server may take to confirm `close`
 # Refusals that end by themselves; nothing was changed by what was refused. A gap is one of them: a message under way when the connection was
 # lost may take effect after `opened`, so that what was sent again comes too late; the next `opened` counts it.
@@ -29,15 +30,19 @@ _PASSING = (errors.Unavailable, errors.TooMany, errors.Deadline, errors.Gap)
 
 
 class AsyncStream:
-    """One session on a websocket that comes back when it is lost. Made by `AsyncClient.stream`; use it as `async with`.
+    """One session on a connection that comes back when it is lost. Made by `AsyncClient.stream` and `AsyncTracks.stream`; use it as `async with`,
+    or `open` it and `close` it.
 
     Frames sent whose answers are not yet read are at most `window`: beyond it `send` waits until answers are read, so read while you
     send, as `play` does. Every answer is delivered once and in order, whatever happens to the connection.
 
+    Events, of models that have rules for them, go to `on_event` as soon as they are known, each once and in order; what it raises ends the stream and
+    comes out here.
+
     Everything raises `ServiceError` (what the server refuses), `Unreachable` (the connection did not come back), `StreamClosed`.
     """
 
-    def __init__(self, dialer: Dialer, options: Mapping[str, Any], retry: Retry) -> None:
+    def __init__(self, opener: Opener, options: Mapping[str, Any], retry: Retry, on_event: OnEvent | None = None) -> None:
         self.session = ""
         self.model = self.version = self.task = ""
         self.classes: tuple[str, ...] = ()
@@ -47,10 +52,11 @@ class AsyncStream:
         self.warnings: list[str] = []  # what the server says one should know of this model or stream
         self.reconnects = 0
         self.connected = False
-        self._dialer, self._options, self._retry = dialer, options, retry
+        self._opener, self._options, self._retry, self._on_event = opener, options, retry, on_event
         self._ledger = Ledger()
         self._turn = asyncio.Lock()  # one `send` at a time
         self._inbox: deque[Answer] = deque()
+        self._events: deque[Event] = deque(maxlen=_EVENTS)  # that were told; those of answers it kept a server that comes back says again
         self._most = 1  # frames in a message
         self._attempt = 0  # to come back, since the last answer
         self._not_before = 0.0  # the server asked to wait until then, on time.monotonic's clock
@@ -68,20 +74,26 @@ class AsyncStream:
     # ---- opening and closing
 
     async def __aenter__(self) -> Self:
-        socket, opened = await self._dialer.open(self._options)
+        return await self.open()
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def open(self) -> Self:
+        """Opens the session; once only."""
+        if self._pump is not None:
+            raise StreamClosed("a stream is opened once; ask for another")
+        wire, opened = await self._opener.open(self._options)
         self._note(opened)
         begin = opened["next_frame"]
         self._ledger = Ledger(begin, min(self._options.get("ack", begin), begin), self.window, every=self._options.get("scores") != "last")
-        self._pump = asyncio.create_task(self._run(socket, begin))
+        self._pump = asyncio.create_task(self._run(wire, begin))
         try:
             await self._until(lambda: self.connected)
         except BaseException:
             await self.close()
             raise
         return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.close()
 
     async def close(self, *, keep: bool = False) -> None:
         """Ends the stream and its session; `keep=True` leaves the session on the server, where its id opens it again until it expires.
@@ -115,35 +127,35 @@ class AsyncStream:
 
     # ---- the pump: one connection after another
 
-    async def _run(self, socket: Socket, next_frame: int) -> None:
+    async def _run(self, wire: Wire, next_frame: int) -> None:
         try:
-            while not await self._serve(socket, next_frame):
-                socket, next_frame = await self._come_back()
+            while not await self._serve(wire, next_frame):
+                wire, next_frame = await self._come_back()
             self._failure = StreamClosed("the stream was closed")
         except Exception as error:
             self._failure = error
         finally:
             self._news.set()
 
-    async def _serve(self, socket: Socket, next_frame: int) -> bool:
-        """Uses one socket to its end. True: closed as agreed; False: lost, to come back; raises what the server refuses for good."""
+    async def _serve(self, wire: Wire, next_frame: int) -> bool:
+        """Uses one wire to its end. True: closed as agreed; False: lost, to come back; raises what the server refuses for good."""
         began = time.monotonic()
         try:
             self._ledger.resume(next_frame)
-            if await self._converse(socket):
+            if await self._converse(wire):
                 return True
         finally:
-            await socket.close()
+            await wire.close()
         if time.monotonic() - began > self._retry.longest_s:
             self._attempt = 0
         return self._closing
 
-    async def _converse(self, socket: Socket) -> bool:
-        writer = asyncio.create_task(self._write(socket))
+    async def _converse(self, wire: Wire) -> bool:
+        writer = asyncio.create_task(self._write(wire))
         self.connected = True
         self._news.set()
         try:
-            return await self._listen(socket)
+            return await self._listen(wire)
         except _PASSING as error:
             self._wait(error)
             return False
@@ -152,19 +164,19 @@ class AsyncStream:
             writer.cancel()
             await asyncio.wait([writer])
 
-    async def _write(self, socket: Socket) -> None:
-        """The only one who writes to the socket, so that nothing is cut off, doubled or overtaken by whoever is cancelled elsewhere."""
+    async def _write(self, wire: Wire) -> None:
+        """The only one who writes to the wire, so that nothing is cut off, doubled or overtaken by whoever is cancelled elsewhere."""
         with suppress(ConnectionClosed):  # who listens sees it too
             while True:
                 while (message := self._ledger.message()) is None:
                     self._news.clear()
                     await self._news.wait()
-                await socket.send(message)
+                await wire.send(message)
 
-    async def _listen(self, socket: Socket) -> bool:
+    async def _listen(self, wire: Wire) -> bool:
         """Acts on messages. True: the last one came; False: the connection was lost; raises what the server refuses."""
         try:
-            async for message in socket:
+            async for message in wire:
                 if self._take(message):
                     return True
         except ConnectionClosed as closed:
@@ -176,13 +188,13 @@ class AsyncStream:
     def _wait(self, error: ServiceError) -> None:
         self._reason, self._not_before = str(error), time.monotonic() + error.facts.get("retry_after", 0)
 
-    async def _come_back(self) -> tuple[Socket, int]:
+    async def _come_back(self) -> tuple[Wire, int]:
         """Attaches to the session again; raises `Unreachable` after the last attempt, or what the server refuses."""
         while self._attempt < self._retry.attempts:
             await asyncio.sleep(max(self._retry.pause_s(self._attempt), self._not_before - time.monotonic()))
             self._attempt += 1
             try:  # all scores: of the answers it kept the server would else send the last alone
-                socket, opened = await self._dialer.open({**self._options, "scores": "all", "session": self.session, "ack": self._ledger.read})
+                wire, opened = await self._opener.open({**self._options, "scores": "all", "session": self.session, "ack": self._ledger.read})
             except _PASSING as error:
                 self._wait(error)
             except Unreachable as error:
@@ -190,7 +202,7 @@ class AsyncStream:
             else:
                 self._note(opened)
                 self.reconnects += 1
-                return socket, opened["next_frame"]
+                return wire, opened["next_frame"]
         raise Unreachable(f"the connection was lost and {self._attempt} attempts to come back failed: {self._reason}")
 
     def _take(self, message: str | bytes) -> bool:
@@ -205,6 +217,8 @@ class AsyncStream:
             case "warning":
                 self.warnings.append(value["warning"])
                 self._ledger.forgo(value.get("kept_from", 0))
+            case "event":
+                self._take_event(Event.from_json(value))
             case "durable":
                 self._ledger.secure(value["frame"])
         self._news.set()
@@ -219,6 +233,12 @@ class AsyncStream:
         self._inbox.extend(Answer.from_scores(frame, self.fps, scores[frame - first], classes) for frame in self._ledger.take(first, count))
         self._attempt = 0
         self._news.set()
+
+    def _take_event(self, event: Event) -> None:
+        if event not in self._events:
+            self._events.append(event)
+            if self._on_event is not None:
+                self._on_event(event)
 
     # ---- sending and reading
 

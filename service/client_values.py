@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 Frames = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float32]
 Source = Frames | Iterable[npt.ArrayLike] | AsyncIterable[npt.ArrayLike]
+OnEvent = Callable[["Event"], None]
 
 TOP = 5  # classes in an answer's `top`
 
@@ -93,6 +94,41 @@ class Answer:
         order = np.argsort(-scores, kind="stable")[:TOP]
         top = tuple((classes[index], float(scores[index])) for index in order.tolist())
         return cls(frame, frame / fps, *top[0], top, scores)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something has started or ended in a stream, as the model's rules decide."""
+
+    event: Literal["start", "end"]
+    label: str
+    score: float  # mean over the frames that decided a start, or over what has ended
+    frame: int  # where it happened
+    decided: int  # when it was known
+    time: float  # seconds of the stream at `frame`
+    cause: str | None = None  # of an end: "reset" where the stream began anew in the middle of it
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Event:
+        return cls(value["event"], value["label"], value["score"], value["frame"], value["decided"], value["time"], value.get("cause"))
+
+
+class StreamOptions(TypedDict, total=False):
+    """What a stream may be opened with, beside its model."""
+
+    version: str | None  # of the model; None is the highest
+    session: str | None  # to go on with; None is a new one
+    ack: int | None  # with `session`: kept answers from this frame on are wanted again
+    fps: float | None  # of the frames; None is the model's
+    layout: str | None  # of the skeletons; None is the model's
+    scores: Literal["last", "all"]  # an answer for the last frame of each `send` or, as is the rule, for each frame
+
+
+def opening(options: StreamOptions) -> dict[str, Any]:
+    """What the stream's `open` says; raises `TypeError` for an option there is none of."""
+    if unknown := set(options) - StreamOptions.__optional_keys__:
+        raise TypeError(f"unknown option {min(unknown)!r}; known: {', '.join(sorted(StreamOptions.__optional_keys__))}")
+    return {"scores": "all", **{name: value for name, value in options.items() if value is not None}, "answers": "binary"}
 
 
 async def pieces(source: Source, chunk: int) -> AsyncIterator[npt.ArrayLike]:

@@ -1,7 +1,7 @@
 """The terminal player: `python -m service stream FILE --model NAME` plays a recording into a running service and shows what it recognises.
 
 On a terminal the current label, the top classes, the round trip and the delay are drawn in place; elsewhere one plain line is printed
-for each change of label. Both end with one line of summary.
+for each change of label. Events, of models that have rules for them, are lines as they come; both end with one line of summary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model import skeletons
-from service.client import TOP, Answer, AsyncClient, AsyncStream, ClientError, Model
+from service.client import TOP, Answer, AsyncClient, AsyncStream, ClientError, Event, Model
 from service.errors import ModelNotFound, ServiceError
 
 Frames = npt.NDArray[np.float32]
@@ -207,7 +207,8 @@ class Playback:
         self.sent: deque[tuple[int, float]] = deque()  # (end of message, when it was handed over)
         self.round_trips: deque[float] = deque(maxlen=4096)  # seconds
         self.answer: Answer | None = None
-        self.answers = self.changes = 0
+        self.answers = self.changes = self.events = 0
+        self.on_event: Callable[[Event], None] = lambda _: None
         self.late_s = self.worst_late_s = 0.0
 
     def note_sent(self, end: int, late_s: float) -> None:
@@ -222,6 +223,10 @@ class Playback:
         self.answer, self.answers, self.changes = answer, self.answers + 1, self.changes + changed
         return changed
 
+    def note_event(self, event: Event) -> None:
+        self.events += 1
+        self.on_event(event)
+
     def round_trip_ms(self) -> tuple[float, float]:
         """Median and 99th percentile of the latest round trips, NaN before the first."""
         if not self.round_trips:
@@ -234,8 +239,10 @@ class Playback:
         frame = self.answer.frame + 1 if self.answer else 0
         p50, p99 = self.round_trip_ms()
         last = f", last {describe(self.answer)}" if self.answer else ""
+        events = f", {self.events} events" if self.events else ""
         late = f", up to {self.worst_late_s:.1f} s late" if self.worst_late_s > LATE_S else ""
-        return f"{self.answers} answers to frame {frame} in {seconds:.1f} s, {self.changes} changes{last}, round trip p50 {p50:.1f} ms p99 {p99:.1f} ms{late}"
+        told = f"{self.answers} answers to frame {frame} in {seconds:.1f} s, {self.changes} changes{events}{last}"
+        return f"{told}, round trip p50 {p50:.1f} ms p99 {p99:.1f} ms{late}"
 
 
 def describe(answer: Answer) -> str:
@@ -243,6 +250,12 @@ def describe(answer: Answer) -> str:
     if answer.label is not None:
         return f"{answer.label} {answer.score:.3f}"
     return " ".join(f"{value:.3f}" for value in (answer.scores[:TOP] if answer.scores is not None else ()))
+
+
+def describe_event(event: Event) -> str:
+    """`frame time start|end label score`, and when it was known."""
+    cause = f" by {event.cause}" if event.cause else ""
+    return f"{event.frame} {event.time:.2f} {event.event} {event.label} {event.score:.3f} decided {event.decided}{cause}"
 
 
 async def paced(frames: Frames, fps: float, chunk: int, loop: bool, note: Callable[[int, float], None]) -> AsyncIterator[Frames]:
@@ -286,6 +299,9 @@ class PlainView:
         if changed and (answer := playback.answer):
             self.console.out(f"{answer.frame} {answer.time:.2f} {describe(answer)}", highlight=False)
 
+    def show_event(self, event: Event) -> None:
+        self.console.out(describe_event(event), highlight=False)
+
 
 class LiveView:
     """The same in place on a terminal, redrawn ten times a second."""
@@ -304,6 +320,10 @@ class LiveView:
 
     def show(self, playback: Playback, changed: bool) -> None:
         self.playback = playback
+
+    def show_event(self, event: Event) -> None:
+        """Above what is drawn, where it stays."""
+        self.live.console.print(Text(describe_event(event)))
 
     def render(self) -> RenderableType:
         playback = self.playback
@@ -380,11 +400,12 @@ async def play(options: Options, console: Console) -> None:
         fps = options.fps or recording.fps or model.fps
         playback = Playback(None if options.loop else len(frames), fps)
         source = paced(frames, fps * options.speed, options.chunk, options.loop, playback.note_sent)
-        async with client.stream(model.name, fps=fps, layout=layout) as stream:
-            try:
-                await _show(stream, source, playback, console, recording.name)
-            finally:
-                console.out(playback.summary(), highlight=False)
+        stream = await client.stream(model.name, fps=fps, layout=layout, on_event=playback.note_event).open()
+        try:
+            await _show(stream, source, playback, console, recording.name)
+        finally:
+            await stream.close()  # before the summary: the last events may still be on their way
+            console.out(playback.summary(), highlight=False)
 
 
 async def _model(client: AsyncClient, name: str) -> Model:
@@ -399,7 +420,7 @@ async def _show(stream: AsyncStream, source: AsyncIterator[Frames], playback: Pl
     for warning in stream.warnings:
         print(f"note: {warning}", file=sys.stderr)
     view = LiveView(console, f"{title} into {stream.model}", stream) if console.is_terminal else PlainView(console)
-    playback.started = time.monotonic()
+    playback.started, playback.on_event = time.monotonic(), view.show_event
     with view:
         async for answer in stream.play(source):
             view.show(playback, playback.note_answer(answer))

@@ -16,7 +16,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from service import errors, protocol
-from service.client import AsyncClient, Client, ClientError, Retry, StreamClosed, Unreachable
+from service.client import AsyncClient, Client, ClientError, Event, Retry, StreamClosed, Unreachable
 from tests.service.conftest import Server
 from tests.service.test_client import QUICK, Proxy, run, whole
 from tests.toy_models import CHANNELS, example_frames
@@ -253,6 +253,74 @@ def test_a_session_that_came_back_elsewhere_is_refused_and_its_socket_closed() -
             await asyncio.wait_for(gone.wait(), 5)
 
     against([first, second], case)
+
+
+# Events
+
+
+START = Event("start", "a", 0.75, 1, 2, 1 / 30)
+END = Event("end", "a", 0.5, 3, 3, 0.1, "reset")
+
+
+async def say_event(peer: Peer, event: Event) -> None:
+    await peer.say("event", track=0, **{name: value for name, value in vars(event).items() if value is not None})
+
+
+def test_events_are_told_once_and_in_order_also_when_the_connection_is_lost() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.open(0)
+        assert await peer.heard() == ("frames", 0, 3)
+        await peer.answer(0, 3)
+        await say_event(peer, START)
+        await lost.wait()
+        peer.cut()
+
+    async def second(peer: Peer) -> None:
+        await peer.open(3)
+        await peer.answer(0, 3)
+        await say_event(peer, START)  # with the answers that it kept
+        back.set()
+        while (message := await peer.heard())[0] != "frames":
+            assert message == ("ack", 3)
+        await peer.answer(3, 1)
+        await say_event(peer, END)
+        await say_closed(peer)
+
+    told: list[Event] = []
+    lost, back = asyncio.Event(), asyncio.Event()
+
+    async def case(client: AsyncClient) -> None:
+        async with client.stream("m", on_event=told.append) as stream:
+            await stream.send(np.zeros((3, 3)))
+            assert [(await anext(stream)).frame for _ in range(3)] == [0, 1, 2]
+            lost.set()
+            await back.wait()
+            await stream.send(ONE)
+            await anext(stream)
+
+    against([first, second], case)
+    assert told == [START, END]
+
+
+def test_what_a_listener_raises_comes_out_of_the_stream() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.open(0)
+        assert await peer.heard() == ("frames", 0, 1)
+        await say_event(peer, START)
+        with suppress(ConnectionClosed):
+            await peer.heard()
+
+    def listener(event: Event) -> None:
+        raise OSError(f"the log is full at {event.frame}")
+
+    async def case(client: AsyncClient) -> None:
+        stream = await client.stream("m", on_event=listener).open()
+        await stream.send(ONE)
+        with pytest.raises(OSError, match="full at 1"):
+            await anext(stream)
+        await stream.close()
+
+    against([script], case)
 
 
 # Closing
