@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,44 +13,78 @@ from training.config import AugmentConfig
 from training.datasets.clips import Frames
 
 
+@dataclass(frozen=True)
+class Change:
+    """One drawn change, which may be applied to several clips: how a camera stands, what a body is like and how fast it moves."""
+
+    speed: float = 1.0  # times faster
+    mirror: bool = False
+    turns: tuple[float, ...] = ()  # radians: about the vertical axis and the two horizontal ones; in the plane for frames of two numbers
+    scale: float = 1.0
+    offset: npt.NDArray[np.float64] | None = None  # (numbers of a point,), in units of the data
+
+
 class Augment:
-    """Changes clips (T, *frame shape) by the generator it is given; the same generator state gives the same change."""
+    """Changes clips (T, *frame shape) by the generator it is given; the same generator state gives the same change.
+
+    Called, it draws everything anew for the clip. On a stream one `Change` is drawn for a stretch (`draw`), and each clip of it is cut (`cut`),
+    changed (`apply`), and made noisy and incomplete (`disturb`).
+    """
 
     def __init__(self, config: AugmentConfig, layout: str | None) -> None:
         self.config, self.layout = config, layout
         self.mirrored = _mirrored(layout) if config.mirror and layout else None
 
     def __call__(self, clip: Frames, rng: np.random.Generator) -> Frames:
+        clip = self.cut(clip, rng)
+        change = self.draw(rng, clip.shape[1:])
+        return self.disturb(self.apply(change, resample(clip, change.speed)), rng, self.config.noise)
+
+    def cut(self, clip: Frames, rng: np.random.Generator) -> Frames:
+        """The clip from a random frame of its first half on, or whole."""
         c = self.config
-        if c.cut_start and rng.random() < c.cut_start:
-            clip = clip[rng.integers(0, len(clip) // 2 + 1) :]
-        if c.speed > 1:
-            clip = resample(clip, float(np.exp(rng.uniform(-1, 1) * np.log(c.speed))))
+        return clip[rng.integers(0, len(clip) // 2 + 1) :] if c.cut_start and rng.random() < c.cut_start else clip
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Change:
+        """A change for frames of this shape."""
+        c = self.config
+        speed = float(np.exp(rng.uniform(-1, 1) * np.log(c.speed))) if c.speed > 1 else 1.0
+        mirror = self.mirrored is not None and rng.random() < 0.5
+        limits: tuple[float, ...] = ()
+        if self.layout is not None and (c.rotate or c.tilt):
+            limits = (c.rotate, c.tilt, c.tilt)
+        elif self.layout is None and c.rotate and shape == (2,):
+            limits = (c.rotate,)
+        turns = tuple(float(np.radians(rng.uniform(-limit, limit))) for limit in limits)
+        scale = 1 + rng.uniform(-c.scale, c.scale) if c.scale else 1.0
+        return Change(speed, mirror, turns, scale, rng.normal(0, c.offset, shape[-1]) if c.offset else None)
+
+    def apply(self, change: Change, clip: Frames, centre: npt.NDArray[np.floating] | None = None) -> Frames:
+        """A changed copy, at the speed it has. Bodies are turned about `centre` (3,), by default the mean of the clip's points."""
         clip = clip.copy()
-        if self.layout is not None:
-            self._move_body(clip, rng)
-        elif c.rotate and clip.shape[1:] == (2,):
-            clip = _turned(clip, [np.radians(rng.uniform(-c.rotate, c.rotate))], [(0, 1)])
-        if c.scale:
-            clip *= 1 + rng.uniform(-c.scale, c.scale)
-        if c.offset:
-            clip += rng.normal(0, c.offset, clip.shape[-1])
-        if c.noise:
-            clip += rng.normal(0, c.noise, clip.shape)
+        if change.mirror:
+            clip[:] = clip[:, self.mirrored]
+            clip[..., 0] *= -1
+        if self.layout is not None and change.turns:
+            centre = middle(clip) if centre is None else centre * (-1 if change.mirror else 1, 1, 1)
+            centre = centre.astype(np.float32)
+            clip[:] = _turned(clip - centre, change.turns, [(0, 2), (1, 2), (0, 1)]) + centre
+        elif change.turns:
+            clip = _turned(clip, change.turns, [(0, 1)])
+        if change.scale != 1:
+            clip *= change.scale
+        if change.offset is not None:
+            clip += change.offset
+        return clip
+
+    def disturb(self, clip: Frames, rng: np.random.Generator, noise: float) -> Frames:
+        """With noise of this deviation, and in some clips joints missing for a while; changes the clip it is given."""
+        c = self.config
+        if noise:
+            clip += rng.normal(0, noise, clip.shape)
         if c.drop_joints and rng.random() < c.drop_joints:
             self._drop(clip, rng)
         return clip.astype(np.float32, copy=False)
-
-    def _move_body(self, clip: Frames, rng: np.random.Generator) -> None:
-        c = self.config
-        if self.mirrored is not None and rng.random() < 0.5:
-            clip[:] = clip[:, self.mirrored]
-            clip[..., 0] *= -1
-        if c.rotate or c.tilt:
-            turns = [np.radians(rng.uniform(-limit, limit)) for limit in (c.rotate, c.tilt, c.tilt)]
-            points = clip[~np.isnan(clip).any(-1)]
-            centre = points.mean(0) if len(points) else np.zeros(3, np.float32)
-            clip[:] = _turned(clip - centre, turns, [(0, 2), (1, 2), (0, 1)]) + centre
 
     @staticmethod
     def _drop(clip: Frames, rng: np.random.Generator) -> None:
@@ -57,6 +94,12 @@ class Augment:
         start = rng.integers(0, len(clip))
         stop = rng.integers(start, len(clip)) + 1
         clip[start:stop, gone] = np.nan
+
+
+def middle(clip: Frames) -> npt.NDArray[np.float32]:
+    """The mean of all points of a clip (T, points, 3) that are not missing, (3,); zeros where all are."""
+    points = clip[~np.isnan(clip).any(-1)]
+    return points.mean(0) if len(points) else np.zeros(3, np.float32)
 
 
 def resample(clip: Frames, speed: float) -> Frames:
@@ -72,7 +115,7 @@ def resample(clip: Frames, speed: float) -> Frames:
     return between.astype(np.float32, copy=False)
 
 
-def _turned(vectors: npt.NDArray[np.floating], angles: list[float], planes: list[tuple[int, int]]) -> Frames:
+def _turned(vectors: npt.NDArray[np.floating], angles: Sequence[float], planes: list[tuple[int, int]]) -> Frames:
     size = vectors.shape[-1]
     matrix = np.eye(size)
     for angle, (i, j) in zip(angles, planes, strict=True):

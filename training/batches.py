@@ -1,4 +1,4 @@
-"""From clips to padded batches of tensors."""
+"""From clips and streams to batches of tensors."""
 
 from __future__ import annotations
 
@@ -12,42 +12,116 @@ from torch import Tensor
 
 from training.augment import Augment
 from training.datasets.clips import ClipSet, Frames
+from training.streams import NO_CLASS, Stream, Streams
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of unequal length, padded with zeros: frames (B, T, *frame shape), lengths (B,), labels (B,).
+    """Sequences side by side, padded with zeros: frames (B, T, *frame shape), lengths (B,), and of each step labels, weights and judged, (B, T).
 
-    `shares` (B,) is how much each clip counts in the loss; they add up to one over the batch that was drawn, also when processes divide it.
+    `weights` is how much a step counts in the loss; they add up to one over the batch that was drawn, also when processes divide it. `judged`
+    are the steps by which accuracy is told: of a clip its last, of a stream all that have a class. Where a label is `NO_CLASS` the weight is zero.
     """
 
     frames: Tensor
     lengths: Tensor
     labels: Tensor
-    shares: Tensor
+    weights: Tensor
+    judged: Tensor
 
     def take(self, rows: slice) -> Batch:
         """These rows, padded no further than they need; there may be none, which is then one step of nothing."""
         lengths = self.lengths[rows]
         steps = int(lengths.max()) if len(lengths) else 1
-        return Batch(self.frames[rows, :steps], lengths, self.labels[rows], self.shares[rows])
+        return Batch(self.frames[rows, :steps], lengths, self.labels[rows, :steps], self.weights[rows, :steps], self.judged[rows, :steps])
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.frames, self.lengths, self.labels, self.shares)))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.frames, self.lengths, self.labels, self.weights, self.judged)))
 
 
-def collate(clips: list[Frames], labels: list[int], weights: npt.NDArray[np.float64] | None = None) -> Batch:
-    """Pads clips to the longest of them; `weights` (classes,) is how much a clip of each class counts, by default all the same."""
+@dataclass(frozen=True)
+class Weighting:
+    """What steps count in the loss: `early` at the first of an action, rising to 1 at its last; `last`: nothing but the last.
+
+    `classes` is how much an action of each class counts, by default all the same; `nothing` a step between actions of a stream.
+    """
+
+    early: float = 1.0
+    last: bool = False
+    classes: npt.NDArray[np.float64] | None = None
+    nothing: float = 1.0
+
+    def steps(self, count: int) -> npt.NDArray[np.float64]:
+        """Of an action of so many steps, (count,); the only step is the last."""
+        place = np.arange(count) / (count - 1) if count > 1 else np.ones(1)
+        return (place == 1).astype(float) if self.last else self.early + (1 - self.early) * place
+
+    def of(self, label: int) -> float:
+        return 1.0 if self.classes is None else float(self.classes[label])
+
+
+def collate(clips: list[Frames], labels: list[int], weighting: Weighting | None = None) -> Batch:
+    """Pads clips to the longest of them; each has its share of the batch, whatever its length."""
+    weighting = weighting or Weighting()
     lengths = [len(clip) for clip in clips]
     frames = np.zeros((len(clips), max(lengths), *clips[0].shape[1:]), np.float32)
-    for row, clip in zip(frames, clips, strict=True):
-        row[: len(clip)] = clip
-    shares = np.ones(len(clips)) if weights is None else weights[labels]
-    return Batch(torch.from_numpy(frames), torch.tensor(lengths), torch.tensor(labels), torch.tensor(shares / shares.sum(), dtype=torch.float32))
+    weights, judged = np.zeros(frames.shape[:2]), np.zeros(frames.shape[:2], bool)
+    shares = np.array([weighting.of(label) for label in labels])
+    for i, (clip, share) in enumerate(zip(clips, shares / shares.sum(), strict=True)):
+        frames[i, : len(clip)] = clip
+        steps = weighting.steps(len(clip))
+        weights[i, : len(clip)] = share * (steps / steps.sum())
+        judged[i, len(clip) - 1] = True
+    every = torch.tensor(labels)[:, None].expand(-1, frames.shape[1])
+    return Batch(torch.from_numpy(frames), torch.tensor(lengths), every, torch.from_numpy(weights.astype(np.float32)), torch.from_numpy(judged))
+
+
+def stream_batches(streams: Streams, size: int, seed: tuple[int, ...], weighting: Weighting) -> Iterator[Batch]:
+    """One epoch: `size` streams side by side, batch after batch going on where the one before ended. Equal seeds give equal batches.
+
+    Each stream has a generator of its own, so what comes in it depends on no other.
+    """
+    c = streams.config
+    rows = [_Row(streams.pieces(np.random.default_rng((*seed, i))), weighting) for i in range(size)]
+    for _ in range(c.steps):
+        frames = np.empty((size, c.frames, *streams.clips.frame_shape), np.float32)
+        labels, weights = np.empty((size, c.frames), np.int64), np.empty((size, c.frames))
+        for i, row in enumerate(rows):
+            row.fill(frames[i], labels[i], weights[i])
+        weights /= max(weights.sum(), 1e-9)  # nothing but frames without a class: nothing to learn
+        tensors = (torch.from_numpy(values) for values in (labels, weights.astype(np.float32), labels != NO_CLASS))
+        yield Batch(torch.from_numpy(frames), torch.full((size,), c.frames), *tensors)
+
+
+class _Row:
+    """One stream of a batch: pieces are poured from one batch to the next."""
+
+    def __init__(self, pieces: Iterator[Stream], weighting: Weighting) -> None:
+        self.pieces, self.weighting = pieces, weighting
+        self.piece, self.weights, self.done = next(pieces), np.zeros(0), 0
+        self.weights = self._weights()
+
+    def fill(self, frames: Frames, labels: npt.NDArray[np.int64], weights: npt.NDArray[np.float64]) -> None:
+        """The next frames of the stream, as many as there is room for."""
+        at = 0
+        while at < len(frames):
+            if self.done == len(self.piece.frames):
+                self.piece, self.done = next(self.pieces), 0
+                self.weights = self._weights()
+            count = min(len(frames) - at, len(self.piece.frames) - self.done)
+            here, there = slice(at, at + count), slice(self.done, self.done + count)
+            frames[here], labels[here], weights[here] = self.piece.frames[there], self.piece.labels[there], self.weights[there]
+            at, self.done = at + count, self.done + count
+
+    def _weights(self) -> npt.NDArray[np.float64]:
+        weights = np.where(self.piece.labels == NO_CLASS, 0.0, self.weighting.nothing)
+        for first, end, label in self.piece.segments.tolist():
+            weights[first:end] = self.weighting.steps(end - first) * self.weighting.of(label)
+        return weights
 
 
 def training_batches(
-    clips: ClipSet, size: int, augment: Augment, max_frames: int, seed: tuple[int, ...], weights: npt.NDArray[np.float64] | None = None
+    clips: ClipSet, size: int, augment: Augment, max_frames: int, seed: tuple[int, ...], weighting: Weighting | None = None
 ) -> Iterator[Batch]:
     """One epoch: every clip once, long ones once per `max_frames`, in random order, changed at random. Equal seeds give equal batches.
 
@@ -64,7 +138,7 @@ def training_batches(
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
         for index in rng.permutation(len(batches)):
             chosen = batches[index]
-            yield collate([changed[i] for i in chosen], clips.labels[drawn[run[chosen]]].tolist(), weights)
+            yield collate([changed[i] for i in chosen], clips.labels[drawn[run[chosen]]].tolist(), weighting)
 
 
 def epoch_batches(clips: ClipSet, size: int, max_frames: int) -> int:

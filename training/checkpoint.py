@@ -11,8 +11,9 @@ import torch
 
 from model.contract import DataSource
 from model.network import Network
-from training.config import Config, ConfigError, from_dict
+from training.config import Config, ConfigError, StreamConfig, from_dict
 from training.datasets.clips import ClipSet
+from training.streams import classes_of
 
 _STATE = ("epoch", "weights", "training_weights", "optimizer", "best", "stale", "schedule", "scaler")
 LAST, BEST = "last.pt", "best.pt"
@@ -34,8 +35,9 @@ class Subject:
     source: DataSource
 
     @classmethod
-    def of(cls, clips: ClipSet) -> Subject:
-        return cls(clips.classes, clips.frame_shape, clips.layout, clips.fps, clips.units, clips.source)
+    def of(cls, clips: ClipSet, streams: StreamConfig | None = None) -> Subject:
+        """That of clips; of a network that is taught streams also the class of frames between them, which no clip has."""
+        return cls(classes_of(clips, streams), clips.frame_shape, clips.layout, clips.fps, clips.units, clips.source)
 
 
 @dataclass

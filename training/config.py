@@ -52,6 +52,47 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """Training on streams that do not end instead of on cut clips: `train.batch` of them side by side, the state carried from step to step.
+
+    A stream is made of stretches: one person before one camera, doing one thing after another. Raises `ConfigError` naming the key.
+    """
+
+    together: tuple[str, ...] = ()  # groups whose values stay the same inside a stretch, e.g. subject and view; none: anybody's clips follow anybody's
+    steps: int = 20  # in an epoch, which starts from the zero state
+    frames: int = 128  # in a step: as far as gradients go back in time
+    stay: tuple[int, ...] = (6, 16)  # actions in a stretch, drawn from the first to the second
+    cuts: float = 0.35  # share of stretches whose clips follow each other by raw cuts; in the others the body moves from one to the next
+    blend: tuple[int, ...] = (10, 20)  # frames of such a movement, drawn from the first to the second
+    pauses: float = 0.6  # share of movements with idle frames before, after or on both sides of them
+    idle: int = 60  # idle frames, drawn up to this many
+    whole: float = 0.5  # of recordings: share of stretches that are the recordings as they are; the others are made of clips cut from them
+    nothing: str = "nothing"  # class of frames between actions, the network's last; empty: there is none, and such frames do not count
+    nothing_weight: float = 1.0  # of its frames in the loss, beside a last frame of an action
+    dropped: float = 0.0  # share of frames that are lost, drawn up to this for each stretch
+    validation: tuple[int, ...] = (24, 12)  # streams of each form that an epoch is judged by, and actions in each of them
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"streams.{name} must be a finite number, not negative, got {value}")
+        for name in ("stay", "blend", "validation"):
+            if len(value := getattr(self, name)) != 2 or min(value) < 1:
+                raise ConfigError(f"streams.{name} must be two whole numbers of at least 1, got {list(value)}")
+        for holds, message in (
+            (self.steps >= 1 and self.frames >= 1, "steps and frames must be at least 1"),
+            (self.stay[0] <= self.stay[1], f"stay goes from the lower to the higher number, got {list(self.stay)}"),
+            (self.blend[0] <= self.blend[1], f"blend goes from the lower to the higher number, got {list(self.blend)}"),
+            (self.idle >= 0, f"idle must not be negative, got {self.idle}"),
+            (self.cuts <= 1 and self.pauses <= 1 and self.whole <= 1, "cuts, pauses and whole are shares: at most 1"),
+            (self.dropped < 1, f"dropped must be in [0, 1), got {self.dropped}"),
+            (len(set(self.together)) == len(self.together), f"together names a group twice: {list(self.together)}"),
+        ):
+            if not holds:
+                raise ConfigError(f"streams.{message}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to fit."""
 
@@ -95,6 +136,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    streams: StreamConfig | None = None  # absent: cut clips, each from the zero state
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
@@ -119,6 +161,7 @@ class Config:
             (a.drop_joints <= 1 and a.cut_start <= 1, "augment.drop_joints and augment.cut_start are shares of clips: at most 1"),
             (self.export.chunk >= 1, f"export.chunk must be at least 1, got {self.export.chunk}"),
             (a.drop_joints == 0 or self.model.missing, "augment.drop_joints makes values missing: set model.missing = true"),
+            (self.streams is None or self.model.head == "step", f"streams teach every step, and model.head is {self.model.head!r}: set it to step"),
             (t.optimizer in ("adamw", "adam"), f"train.optimizer must be adamw or adam, got {t.optimizer!r}"),
             (t.schedule in get_args(Schedule), f"train.schedule must be one of {', '.join(get_args(Schedule))}, got {t.schedule!r}"),
             (0 < t.plateau_factor < 1, f"train.plateau_factor must be between 0 and 1, got {t.plateau_factor}"),
@@ -137,7 +180,8 @@ class Config:
                 raise ConfigError(message)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values, as TOML has them: what is None is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def from_dict(value: Any) -> Config:

@@ -1,7 +1,8 @@
-"""How right a network is: on clips, by the score at their last frame, and along them."""
+"""How right a network is: on clips, by the score at their last frame, and along them; on streams, action by action."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from model.network import Network
 from training.batches import evaluation_batches
 from training.datasets.clips import ClipSet
 from training.distributed import Group
+from training.streams import NO_CLASS, Stream
+
+STREAM_CHUNK = 512  # frames of a stream run at once
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,28 @@ class Evaluation:
         return matrix
 
 
+@dataclass(frozen=True)
+class StreamEvaluation:
+    """Of streams left running from the zero state: `accuracy` is the share of actions most of whose frames were given their class, nothing being
+    one that is wrong; `frame_accuracy` that of frames in actions, `nothing_accuracy` that of the others (NaN where there are none, or no class for
+    them); `loss` the mean over all frames that have a class."""
+
+    accuracy: float
+    frame_accuracy: float
+    nothing_accuracy: float
+    loss: float
+
+
 @torch.no_grad()
 def evaluate(network: Network, clips: ClipSet, group: Group | None = None) -> Evaluation:
-    """Runs every clip from the zero state, whole, on the network's device; a group of processes divides the clips."""
+    """Runs every clip from the zero state, whole, on the network's device; a group of processes divides the clips.
+
+    A network that was taught streams may have one class more than the clips, that of nothing: to say it of a clip is wrong.
+    """
     group, device = group or Group(), network.head.weight.device
     was_training = network.training
     network.eval()
-    scores = torch.zeros(len(clips), len(clips.classes))
+    scores = torch.zeros(len(clips), network.classes)
     counts = torch.zeros(2, dtype=torch.float64)  # frames that are right, frames
     for i, (batch, index) in enumerate(evaluation_batches(clips)):
         if i % group.size != group.rank:
@@ -73,7 +92,50 @@ def evaluate(network: Network, clips: ClipSet, group: Group | None = None) -> Ev
         last = logits[torch.arange(len(index), device=device), batch.lengths - 1]
         scores[index] = torch.softmax(last, -1).cpu()
         real = step_mask(batch.lengths, batch.frames.shape[1]).T
-        counts += torch.stack([((logits.argmax(-1) == batch.labels[:, None]) & real).sum(), batch.lengths.sum()]).cpu()
+        counts += torch.stack([((logits.argmax(-1) == batch.labels) & real).sum(), batch.lengths.sum()]).cpu()
     network.train(was_training)
     right, frames = group.total(counts.to(group.device)).tolist()
     return Evaluation.of(group.total(scores.to(group.device)).cpu().numpy(), clips.labels, right / frames)
+
+
+@torch.no_grad()
+def evaluate_streams(network: Network, streams: Sequence[Stream], group: Group | None = None) -> StreamEvaluation:
+    """Runs streams side by side, never reset, on the network's device; a group of processes divides them. There must be an action in them."""
+    group, device = group or Group(), network.head.weight.device
+    was_training = network.training
+    network.eval()
+    own = streams[group.rank :: group.size]
+    # actions, those right, frames of actions, those right, other frames, those right, loss, frames with a class
+    counts = np.zeros(8)
+    state = network.initial_state(len(own))
+    guesses: list[list[npt.NDArray[np.int64]]] = [[] for _ in own]
+    for start in range(0, max((len(stream.frames) for stream in own), default=0), STREAM_CHUNK):
+        parts = [stream.frames[start : start + STREAM_CHUNK] for stream in own]
+        lengths = torch.tensor([len(part) for part in parts], device=device)
+        frames = np.zeros((len(parts), max(map(len, parts)), *network.frame_shape), np.float32)
+        for row, part in zip(frames, parts, strict=True):
+            row[: len(part)] = part
+        logits, state = network(torch.from_numpy(frames).to(device), lengths, state)
+        losses = -torch.log_softmax(logits, -1).cpu().numpy()
+        for guess, loss, stream, part in zip(guesses, losses, own, parts, strict=True):
+            labels = stream.labels[start : start + len(part)]
+            known = np.flatnonzero(labels != NO_CLASS)
+            guess.append(loss[: len(part)].argmin(-1))
+            counts[6:] += loss[known, labels[known]].sum(), len(known)
+    for guess, stream in zip(guesses, own, strict=True):
+        counts[:6] += _count(np.concatenate(guess), stream, network.classes)
+    network.train(was_training)
+    actions, right, inside, inside_right, others, others_right, total, known = group.total(torch.from_numpy(counts).to(group.device)).tolist()
+    nothing = others_right / others if others else float("nan")
+    return StreamEvaluation(right / max(1, actions), inside_right / max(1, inside), nothing, total / max(1, known))
+
+
+def _count(guess: npt.NDArray[np.int64], stream: Stream, classes: int) -> tuple[int, ...]:
+    """Actions, those right, frames of actions, those right, frames of nothing, those right."""
+    right, frames = guess == stream.labels, np.zeros(len(guess), bool)
+    actions = 0
+    for first, end, label in stream.segments.tolist():
+        frames[first:end] = True
+        actions += int(np.bincount(guess[first:end], minlength=classes).argmax() == label)
+    others = ~frames & (stream.labels != NO_CLASS)
+    return len(stream.segments), actions, int(frames.sum()), int(right[frames].sum()), int(others.sum()), int(right[others].sum())

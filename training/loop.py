@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from model.layers import Share, take_part
 from model.network import Network
-from training.augment import Augment
-from training.batches import Batch, collate, epoch_batches, training_batches
-from training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, Subject, build, load, save
+from training.batches import Batch
+from training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, build, load, save
 from training.config import Config, TrainConfig
 from training.datasets.clips import ClipSet
+from training.datasets.recordings import Recordings
 from training.distributed import Group, choose_device
-from training.evaluate import evaluate
-from training.loss import class_weights, sequence_loss
+from training.feed import Feed, feed
+from training.loss import sequence_loss
 from training.memory import BATCHES_AHEAD
 from training.prefetch import Prefetch
 from training.preflight import check
@@ -56,8 +56,8 @@ class TrainingDiverged(RuntimeError):
 
 def train(
     config: Config,
-    training: ClipSet,
-    validation: ClipSet | None,
+    training: ClipSet | Recordings,
+    validation: ClipSet | Recordings | None,
     folder: Path,
     *,
     resume: bool = False,
@@ -70,110 +70,150 @@ def train(
     In a `group` every process calls this with the same arguments; the first writes. Raises `DataError` or `ConfigError` before the first
     step, with nothing written, where the run cannot work (`preflight`).
     """
-    t, subject = config.train, Subject.of(training)
-    group = group or Group(device=choose_device(t))
+    group = group or Group(device=choose_device(config.train))
     check(config, training, validation, group.device, group.size)
-    group.agree((config.seed, config.model, config.train, config.augment, subject, *(_outline(clips) for clips in (training, validation) if clips)))
-    torch.set_num_threads(t.threads or torch.get_num_threads())
-    torch.manual_seed(config.seed)
-    network = build(config, subject)
-    network.fit_features(_samples(training))
-    mean_network = build(config, subject)
-    mean_network.load_state_dict(network.state_dict())
-    network, mean_network = network.to(group.device), mean_network.to(group.device)
-    averaged = list(mean_network.state_dict().values()), list(network.state_dict().values())
-    batches_per_epoch = epoch_batches(training, t.batch, t.max_frames)
-    optimizer = _optimizer(network, t)
-    schedule = Schedule(optimizer, t, batches_per_epoch * t.epochs)
-    scaler = torch.amp.GradScaler(group.device.type, enabled=t.precision == "float16")
-    half = torch.autocast(group.device.type, getattr(torch, t.precision), enabled=t.precision != "float32")
-    augment, weights = Augment(config.augment, subject.layout), class_weights(training.labels, len(training.classes), t)
-    share = Share(group.total, group.rows, 0)
-    take_part(network, share if group.size > 1 else None)
-    best, stale, first_epoch = -1.0, 0, 0
+    source = feed(config, training, validation)
+    group.agree((config.seed, config.model, config.train, config.augment, config.streams, source.subject, source.outline))
+    torch.set_num_threads(config.train.threads or torch.get_num_threads())
+    run = _Run(config, source, group)
     if resume:
-        found = group.from_first(load(folder / LAST) if group.first else None)
-        if found is None or found.config != config or found.subject != subject:
-            raise CheckpointError(f"{folder}: was trained with another configuration or other data; resume with the same, or choose another --out")
-        if not found.schedule:
-            raise CheckpointError(f"{folder}: was trained by an earlier version, which kept no schedule; train again with another --out")
-        network.load_state_dict(found.training_weights)
-        mean_network.load_state_dict(found.weights)
-        optimizer.load_state_dict(found.optimizer)
-        schedule.load_state_dict(found.schedule)
-        scaler.load_state_dict(found.scaler)
-        best, stale, first_epoch = found.best, found.stale, found.epoch
-        if group.first:
-            _drop_rows_after(folder / METRICS, first_epoch)
+        run.restore(group.from_first(load(folder / LAST) if group.first else None), folder)
 
     def batches() -> Iterator[Batch]:
-        for epoch in range(first_epoch, t.epochs):
-            yield from training_batches(training, t.batch, augment, t.max_frames, (config.seed, epoch), weights)
+        for epoch in range(first_epoch, config.train.epochs):
+            yield from source.epoch(epoch)
 
+    first_epoch = run.epoch
     with Prefetch(batches, BATCHES_AHEAD) as ready:
-        for epoch in range(first_epoch, t.epochs):
-            if t.early_stop and stale >= t.early_stop:
-                break
+        while not run.done:
             started, waited = time.perf_counter(), ready.waited
-            torch.manual_seed(int(np.random.default_rng((config.seed, epoch)).integers(2**62)))  # dropout
-            network.train()
-            loss_sum = right = seen = 0.0
-            for i, whole in enumerate(itertools.islice(ready, batches_per_epoch)):
-                step, rate = epoch * batches_per_epoch + i, optimizer.param_groups[0]["lr"]
-                share.batch, batch = len(whole.labels), (whole.take(group.rows) if group.size > 1 else whole).to(group.device)
-                with half:
-                    loss, last = _forward(network, batch, t)
-                    loss = loss + network.penalty() / group.size
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                hits = (last.argmax(-1) == batch.labels).sum()
-                value, correct = group.total_gradients(network, torch.stack([loss.detach(), hits])).tolist()
-                if not math.isfinite(value):
-                    raise TrainingDiverged(f"loss is {value} in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate or train.clip_gradient")
-                scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(network.parameters(), t.clip_gradient)
-                if not scaler.is_enabled() and not math.isfinite(norm):  # the scaler leaves such a step out, and expects a few
-                    raise TrainingDiverged(f"gradients are not finite in epoch {epoch + 1}, batch {i + 1}: lower train.learning_rate")
-                scaler.step(optimizer)
-                scaler.update()
-                schedule.step()
-                network.clamp_recurrent_()
-                _average(*averaged, t.ema, step)
-                loss_sum += value * share.batch
-                right += correct
-                seen += share.batch
-                watch(Progress(epoch + 1, t.epochs, i + 1, batches_per_epoch, loss_sum / seen, right / seen))
-
-            row: dict[str, Any] = {"epoch": epoch + 1, "loss": loss_sum / seen, "accuracy": right / seen, "learning_rate": rate}
+            row = run.fit(ready, watch)
             row["waiting"] = round((ready.waited - waited) / (time.perf_counter() - started), 4)  # share of the time without a batch to compute with
-            improved = validation is None
-            if validation is not None:
-                result = evaluate(mean_network, validation, group)
-                row |= {"validation_loss": result.loss, "validation_accuracy": result.accuracy, "validation_frame_accuracy": result.frame_accuracy}
-                schedule.end_epoch(result.loss)
-                stale = 0 if result.accuracy > best else stale + 1
-                improved, best = result.accuracy >= best, max(best, result.accuracy)
+            improved = run.judge(row)
             row["seconds"] = round(time.perf_counter() - started, 3)
-            state = optimizer.state_dict(), best, stale, schedule.state_dict(), scaler.state_dict()
-            checkpoint = Checkpoint(config, subject, epoch + 1, mean_network.state_dict(), network.state_dict(), *state)
             if group.first:
-                with (folder / METRICS).open("a") as file:  # first, since a resume drops rows that no checkpoint followed, but cannot make up for lost ones
-                    file.write(json.dumps(row) + "\n")
-                if improved:
-                    save(checkpoint, folder / BEST)
-                save(checkpoint, folder / LAST)
-            watch(Progress(epoch + 1, t.epochs, batches_per_epoch, batches_per_epoch, loss_sum / seen, right / seen, row))
+                _keep(run.checkpoint(), row, folder, improved)
+            watch(Progress(run.epoch, config.train.epochs, source.per_epoch, source.per_epoch, row["loss"], row["accuracy"], row))
     return folder / BEST
 
 
-def _forward(network: Network, batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """The loss, this process's part of it, and logits (B, classes) at each clip's last step."""
-    steps, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(len(batch.labels)))
-    last = network.config.head == "last"
-    loss = sequence_loss(logits, batch, config, last=last)
+class _Run:
+    """What changes while a network is fitted: weights and their running mean, optimiser, schedule, and what was best so far."""
+
+    def __init__(self, config: Config, source: Feed, group: Group) -> None:
+        self.config, self.feed, self.group = config, source, group
+        t, subject, device = config.train, source.subject, group.device
+        torch.manual_seed(config.seed)
+        network = build(config, subject)
+        network.fit_features(source.samples())
+        mean_network = build(config, subject)
+        mean_network.load_state_dict(network.state_dict())
+        self.network, self.mean_network = network.to(device), mean_network.to(device)
+        self.averaged = list(self.mean_network.state_dict().values()), list(self.network.state_dict().values())
+        self.optimizer = _optimizer(self.network, t)
+        self.schedule = Schedule(self.optimizer, t, source.per_epoch * t.epochs)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=t.precision == "float16")
+        self.half = torch.autocast(device.type, getattr(torch, t.precision), enabled=t.precision != "float32")
+        self.share = Share(group.total, group.rows, 0)
+        take_part(self.network, self.share if group.size > 1 else None)
+        self.epoch, self.best, self.stale = 0, -1.0, 0
+
+    @property
+    def done(self) -> bool:
+        t = self.config.train
+        return self.epoch >= t.epochs or bool(t.early_stop and self.stale >= t.early_stop)
+
+    def restore(self, found: Checkpoint | None, folder: Path) -> None:
+        """Goes on where this checkpoint was written; raises `CheckpointError` where it is that of another run."""
+        if found is None or found.config != self.config or found.subject != self.feed.subject:
+            raise CheckpointError(f"{folder}: was trained with another configuration or other data; resume with the same, or choose another --out")
+        if not found.schedule:
+            raise CheckpointError(f"{folder}: was trained by an earlier version, which kept no schedule; train again with another --out")
+        self.network.load_state_dict(found.training_weights)
+        self.mean_network.load_state_dict(found.weights)
+        self.optimizer.load_state_dict(found.optimizer)
+        self.schedule.load_state_dict(found.schedule)
+        self.scaler.load_state_dict(found.scaler)
+        self.epoch, self.best, self.stale = found.epoch, found.best, found.stale
+        if self.group.first:
+            _drop_rows_after(folder / METRICS, self.epoch)
+
+    def checkpoint(self) -> Checkpoint:
+        state = self.optimizer.state_dict(), self.best, self.stale, self.schedule.state_dict(), self.scaler.state_dict()
+        return Checkpoint(self.config, self.feed.subject, self.epoch, self.mean_network.state_dict(), self.network.state_dict(), *state)
+
+    def fit(self, ready: Iterator[Batch], watch: Callable[[Progress], None]) -> dict[str, Any]:
+        """One epoch; its row of metrics so far."""
+        t, batches = self.config.train, self.feed.per_epoch
+        torch.manual_seed(int(np.random.default_rng((self.config.seed, self.epoch)).integers(2**62)))  # dropout
+        self.network.train()
+        loss_sum = right = seen = 0.0
+        state: Tensor | None = None
+        for i, whole in enumerate(itertools.islice(ready, batches)):
+            self.share.batch, rate = len(whole.lengths), self.optimizer.param_groups[0]["lr"]
+            batch = (whole.take(self.group.rows) if self.group.size > 1 else whole).to(self.group.device)
+            if state is None or not self.feed.carries:
+                state = self.network.initial_state(len(batch.lengths))
+            value, correct, state = self.step(batch, state, f"epoch {self.epoch + 1}, batch {i + 1}")
+            _average(*self.averaged, t.ema, self.epoch * batches + i)
+            judged = int(whole.judged.sum())
+            loss_sum += value * judged
+            right += correct
+            seen += judged
+            watch(Progress(self.epoch + 1, t.epochs, i + 1, batches, loss_sum / max(1, seen), right / max(1, seen)))
+        self.epoch += 1
+        return {"epoch": self.epoch, "loss": loss_sum / max(1, seen), "accuracy": right / max(1, seen), "learning_rate": rate}
+
+    def step(self, batch: Batch, state: Tensor, where: str) -> tuple[float, float, Tensor]:
+        """One step of the optimiser: loss and judged steps that are right, of the whole batch, and the state to go on with."""
+        config, network, optimizer, scaler = self.config.train, self.network, self.optimizer, self.scaler
+        with self.half:
+            loss, logits, state = _forward(network, batch, state, config)
+            loss = loss + network.penalty() / self.group.size
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        hits = ((logits.argmax(-1) == batch.labels) & batch.judged).sum()
+        value, correct = self.group.total_gradients(network, torch.stack([loss.detach(), hits])).tolist()
+        if not math.isfinite(value):
+            raise TrainingDiverged(f"loss is {value} in {where}: lower train.learning_rate or train.clip_gradient")
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip_gradient)
+        if not scaler.is_enabled() and not math.isfinite(norm):  # the scaler leaves such a step out, and expects a few
+            raise TrainingDiverged(f"gradients are not finite in {where}: lower train.learning_rate")
+        scaler.step(optimizer)
+        scaler.update()
+        self.schedule.step()
+        network.clamp_recurrent_()
+        return value, correct, state
+
+    def judge(self, row: dict[str, Any]) -> bool:
+        """Adds what the epoch comes to on the validation part; whether it is the best so far, which without such a part every epoch is."""
+        figures = self.feed.validate(self.mean_network, self.group)
+        if figures is None:
+            return True
+        row |= figures
+        accuracy = figures["validation_accuracy"]
+        self.schedule.end_epoch(figures["validation_loss"])
+        self.stale = 0 if accuracy > self.best else self.stale + 1
+        improved, self.best = accuracy >= self.best, max(self.best, accuracy)
+        return improved
+
+
+def _forward(network: Network, batch: Batch, state: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, this process's part of it, logits (B, T, classes), and the state to go on with, through which no gradient goes back."""
+    steps, logits, state = network.outputs(batch.frames, batch.lengths, state)
+    loss = sequence_loss(logits, batch, config)
     if steps is not logits:  # an average is right only where its steps are: both are taught
-        loss = (loss + sequence_loss(steps, batch, config, last=last)) / 2
-    return loss, logits.detach()[torch.arange(len(batch.labels), device=logits.device), batch.lengths - 1]
+        loss = (loss + sequence_loss(steps, batch, config)) / 2
+    return loss, logits.detach(), state.detach().float()
+
+
+def _keep(checkpoint: Checkpoint, row: dict[str, Any], folder: Path, improved: bool) -> None:
+    with (folder / METRICS).open("a") as file:  # first, since a resume drops rows that no checkpoint followed, but cannot make up for lost ones
+        file.write(json.dumps(row) + "\n")
+    if improved:
+        save(checkpoint, folder / BEST)
+    save(checkpoint, folder / LAST)
 
 
 def _optimizer(network: Network, config: TrainConfig) -> torch.optim.Optimizer:
@@ -192,18 +232,6 @@ def _average(means: list[Tensor], values: list[Tensor], decay: float, step: int)
         torch._foreach_lerp_(means, values, share)
     else:
         torch._foreach_copy_(means, values)
-
-
-def _samples(clips: ClipSet, at_most: int = 512) -> list[tuple[Tensor, Tensor]]:
-    """Training clips, evenly drawn, to measure the features on."""
-    chosen = np.linspace(0, len(clips) - 1, min(at_most, len(clips))).astype(int)
-    batches = [collate([clips.frames[i] for i in chosen[j : j + 64]], [0] * len(chosen[j : j + 64])) for j in range(0, len(chosen), 64)]
-    return [(batch.frames, batch.lengths) for batch in batches]
-
-
-def _outline(clips: ClipSet) -> tuple[list[int], list[int]]:
-    """What batches are made by: lengths and labels."""
-    return [len(clip) for clip in clips.frames], clips.labels.tolist()
 
 
 def _drop_rows_after(path: Path, epoch: int) -> None:

@@ -44,7 +44,7 @@ class Estimate:
 
 
 def check(config: Config, subject: Subject, steps: int, device: torch.device, processes: int = 1) -> Estimate:
-    """What batches of clips of up to `steps` frames will take.
+    """What batches of clips of up to `steps` frames, or of so many steps of streams, will take.
 
     Raises `ConfigError` saying what would be needed, what there is, and what to lower, when a run cannot fit.
     """
@@ -58,8 +58,9 @@ def check(config: Config, subject: Subject, steps: int, device: torch.device, pr
         found = replace(found, activations=_activations(build(config, subject).train(), clips * steps), batches=batches)
     if found.total > there:
         where = "of the GPU" if device.type == "cuda" else "of memory"
-        activations = f", activations of {config.train.batch} clips of {steps} frames {found.activations / GIB:.1f}" if found.activations else ""
-        lower = "train.batch or train.max_frames, or model.units or model.layers" if found.weights < there else "model.units or model.layers"
+        sequences, frames = ("streams", "streams.frames") if config.streams else ("clips", "train.max_frames")
+        activations = f", activations of {config.train.batch} {sequences} of {steps} frames {found.activations / GIB:.1f}" if found.activations else ""
+        lower = f"train.batch or {frames}, or model.units or model.layers" if found.weights < there else "model.units or model.layers"
         raise ConfigError(
             f"estimated to need {found.total / GIB:.1f} GiB, and {there / GIB:.1f} GiB {where} are free: weights and optimiser "
             f"{found.weights / GIB:.1f}{activations}, batches made ahead {found.batches / GIB:.1f}; lower {lower}"

@@ -167,7 +167,7 @@ def measure_stream(runner: Runner, clips: ClipSet, horizon: int, verified_frames
     for position in range(ACTIONS):
         chosen = picks[:, position]
         lengths = np.array([len(clips.frames[i]) for i in chosen])
-        last, hits = np.zeros((STREAMS, len(clips.classes)), np.float32), np.zeros(STREAMS)
+        last, hits = np.zeros((STREAMS, runner.classes), np.float32), np.zeros(STREAMS)
         for start in range(0, lengths.max(), 64):
             size = min(64, lengths.max() - start)
             frames = np.zeros((STREAMS, size, *runner.frame_shape), np.float32)

@@ -26,7 +26,9 @@ def numbered(lengths: list[int]) -> ClipSet:
 def test_collate_pads_with_zeros() -> None:
     batch = collate([np.ones((2, 3), np.float32), np.full((1, 3), 2, np.float32)], [1, 0])
     assert batch.frames.tolist() == [[[1] * 3, [1] * 3], [[2] * 3, [0] * 3]]
-    assert (batch.lengths.tolist(), batch.labels.tolist()) == ([2, 1], [1, 0])
+    assert (batch.lengths.tolist(), batch.labels.tolist()) == ([2, 1], [[1, 1], [0, 0]])
+    assert batch.weights.tolist() == [[0.25, 0.25], [0.5, 0]]
+    assert batch.judged.tolist() == [[False, True], [True, False]]
     assert batch.lengths.dtype == torch.int64
 
 
@@ -38,7 +40,7 @@ def test_an_epoch_draws_from_every_clip_as_often_as_it_is_long(lengths: list[int
     for batch in batches:
         assert 1 <= len(batch.labels) <= size
         assert batch.frames.shape[1] == batch.lengths.max() <= longest
-        for row, n, label in zip(batch.frames, batch.lengths.tolist(), batch.labels.tolist(), strict=True):
+        for row, n, label in zip(batch.frames, batch.lengths.tolist(), batch.labels[:, 0].tolist(), strict=True):
             clip, start = int(row[0, 0]), int(row[0, 1])
             drawn[clip] += 1
             assert n == min(lengths[clip], longest)

@@ -151,7 +151,7 @@ def test_rows_of_all_processes_are_the_batch() -> None:
     parts = [batch.take(Group(rank, 3).rows) for rank in range(3)]
     assert [part.lengths.tolist() for part in parts] == [[2, 4], [5], [1]]
     assert [part.frames.shape[1] for part in parts] == [4, 5, 1]
-    assert sum(float(part.shares.sum()) for part in parts) == pytest.approx(1)
+    assert sum(float(part.weights.sum()) for part in parts) == pytest.approx(1)
     none = batch.take(Group(4, 5).rows)
     assert none.frames.shape == (0, 1, 2)
 
