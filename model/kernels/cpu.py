@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from model.kernels.buffers import empty
-from model.kernels.compiled import Array, compiled, over_slices
+from model.kernels.compiled import Array, compiled
+from model.kernels.threads import over_slices
 
 Strides = tuple[int, ...]
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.kernels.compiled import Array, compiled, over_slices
+from model.kernels.compiled import Array, compiled
+from model.kernels.threads import over_slices
 
 CPU = torch.device("cpu")  # said where tensors are made, or a default device would be taken
 

@@ -1,4 +1,4 @@
-"""`recur` against the plain loop: values, gradients, masks, non-finite numbers, threads, forks, read-only installs."""
+"""`recur` against the plain loop: values, gradients, masks, non-finite numbers, threads, read-only installs."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from model.config import Activation
-from model.kernels import compiled, cpu
+from model.kernels import cpu, threads
 from model.recurrence import RECURRENCES, hold, recur, recur_loop
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ ACTIVATIONS = list(RECURRENCES)
 @pytest.fixture(autouse=True, scope="module")
 def _threads_for_little_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "SMALL", 1 << 12)
+        patch.setattr(threads, "SMALL", 1 << 12)
         yield
 
 
@@ -245,11 +245,11 @@ def test_called_from_several_threads_at_once() -> None:
             if not torch.equal(recur(*cases[i]), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    callers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
     assert not wrong
 
 
@@ -257,8 +257,8 @@ def test_thread_count_follows_torch_and_does_not_change_the_numbers() -> None:
     inputs, before = case(100, 5, 200), torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
             results.append(recur(*inputs))
     finally:
         torch.set_num_threads(before)
@@ -274,26 +274,6 @@ def test_derivatives_in_forward_mode_are_refused_rather_than_zero(which: int) ->
         with pytest.raises(NotImplementedError, match="use recur_loop"):
             recur(*inputs)
         assert forward_ad.unpack_dual(recur_loop(*inputs)).tangent is not None
-
-
-FORKED = """
-import os, sys, torch, model.kernels.compiled as compiled
-from model.recurrence import recur
-torch.set_num_threads(2)
-compiled.SMALL = 1 << 12
-args = torch.randn(300, 8, 64), torch.rand(64), torch.zeros(8, 64), torch.ones(300, 8, dtype=torch.bool)
-expected = recur(*args)
-assert compiled._pool is not None
-child = os.fork()
-if child == 0:
-    torch.set_num_threads(2)
-    os._exit(0 if torch.equal(recur(*args), expected) else 3)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_works_in_a_forked_worker() -> None:
-    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120, cwd=ROOT)
 
 
 READ_ONLY = """
