@@ -90,20 +90,20 @@ class EventState:
 def advance(rules: EventRules, classes: Sequence[str], state: EventState, scores: Floats, frames: Numbers) -> tuple[EventState, list[Event]]:
     """Rows of scores (n, classes) at client frames (n,), which never go back -> the state after them and the events they decide, in order.
 
-    A pure function: however rows are cut into calls, the events are the same. Raises `ValueError` for shapes that do not fit, and for a state
-    of other classes.
+    A pure function: however rows are cut into calls, the events are the same. Raises `ValueError` for shapes that do not fit, and for rules or
+    a state of other classes.
     """
     if scores.ndim != 2 or scores.shape[1] != len(classes) or frames.shape != scores.shape[:1]:
         raise ValueError(f"scores {scores.shape} and frames {frames.shape} do not fit {len(classes)} classes")
-    detector = _Detector(rules, classes, state)
-    eligible = [index for index, name in enumerate(classes) if name != rules.nothing]
-    if not eligible or not len(scores):
+    if not len(scores):
         return state, []
-    some = scores if len(eligible) == len(classes) else scores[:, eligible]
-    best = some.argmax(axis=1)
-    tops = some[np.arange(len(some)), best].tolist()  # Python's doubles: the sums below must not depend on the array's type
-    for row, (index, top, frame) in enumerate(zip(best.tolist(), tops, frames.tolist(), strict=True)):
-        detector.take(scores, row, eligible[index], top, frame)
+    detector, some = _Detector(rules, classes, state), scores
+    if rules.nothing is not None:
+        some = scores.copy()
+        some[:, detector.nothing] = -np.inf
+    best, tops = some.argmax(axis=1).tolist(), some.max(axis=1).tolist()  # Python's doubles, so that sums do not depend on the array's type
+    for row, frame in enumerate(frames.tolist()):
+        detector.take(scores, row, best[row], tops[row], frame)
     return detector.state(), detector.events
 
 
@@ -122,7 +122,8 @@ class _Detector:
         self._rules = rules
         self._classes = classes
         self.events: list[Event] = []
-        self._open, self._candidate = self._index(state.label), self._index(state.candidate)
+        self.nothing = self._index(rules.nothing, "these rules are")
+        self._open, self._candidate = self._index(state.label, "this state is"), self._index(state.candidate, "this state is")
         self._start, self._rows, self._total = state.start, state.rows, state.total
         self._gone, self._gone_frame, self._gone_rows, self._gone_total = state.gone, state.gone_frame, state.gone_rows, state.gone_total
         self._run, self._run_frame, self._run_sum = state.run, state.run_frame, state.run_sum
@@ -178,11 +179,11 @@ class _Detector:
         self.events.append(Event("end", self._classes[self._open], total / rows, at, frame))
         self._open, self._rows, self._total, self._gone, self._ended = None, 0, 0.0, 0, at
 
-    def _index(self, label: str | None) -> int | None:
+    def _index(self, label: str | None, whose: str) -> int | None:
         if label is None:
             return None
         if label not in self._classes:
-            raise ValueError(f"this state is of other classes: {label!r} is none of these")
+            raise ValueError(f"{whose} of other classes: {label!r} is none of these")
         return self._classes.index(label)
 
     def _label(self, index: int | None) -> str | None:

@@ -179,6 +179,8 @@ def test_shapes_and_states_that_do_not_fit_are_refused() -> None:
         advance(RULES, CLASSES, EventState(), np.zeros((2, 4), np.float32), np.arange(2))
     with pytest.raises(ValueError, match="do not fit 3 classes"):
         advance(RULES, CLASSES, EventState(), np.zeros((2, 3), np.float32), np.arange(3))
+    with pytest.raises(ValueError, match="rules are of other classes: 'nothing' is none of these"):
+        advance(RULES, ("rest", "wave", "point"), EventState(), np.zeros((2, 3), np.float32), np.arange(2))
     with pytest.raises(ValueError, match="'clap' is none of these"):
         advance(RULES, CLASSES, EventState(label="clap"), np.zeros((2, 3), np.float32), np.arange(2))
 

@@ -17,6 +17,7 @@ from service import detector
 from service.catalog import Catalog
 from service.errors import (
     AnswersForgotten,
+    Deadline,
     Diverged,
     Draining,
     Gap,
@@ -249,6 +250,37 @@ def test_a_message_that_diverges_leaves_time_and_events_as_they_were(catalog: Ca
         assert session.progress.to_dict() == before
         answer = await predictor.advance(session, 20, None, raw(frames[20:]), options)
         assert answer.scores.tobytes() == expected[20:].tobytes()
+
+    serve(catalog, scenario)
+
+
+def test_a_message_that_is_dropped_half_way_leaves_time_and_events_as_they_were(catalog: Catalog) -> None:
+    """Its time is over, or its caller leaves, while its slices run."""
+    options, long = Options(scores="last", fps=20.0), np.tile(GESTURE, (6000, 1))
+
+    async def scenario(predictor: Predictor) -> None:
+        expected = await predictor.predict("gestures", None, raw(GESTURE), options)
+        session = predictor.open("gestures", None, options)
+        await predictor.advance(session, 0, None, raw(GESTURE[:40]), options)
+        before = session.progress.to_dict()
+        assert before["detector"]["rows"] or before["detector"]["run"]
+        patient, predictor._settings = predictor._settings, Settings(deadline_s=0.6)
+        with pytest.raises(Deadline):
+            await predictor.advance(session, 40, None, raw(long), options)
+        predictor._settings = patient
+        ran = predictor.runner("gestures").frames_run
+        leaver = asyncio.create_task(predictor.advance(session, 40, None, raw(long), options))
+        for _ in range(1000):
+            await asyncio.sleep(0.01)
+            if predictor.runner("gestures").frames_run > ran + 2000:
+                break
+        leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        assert session.next_frame == 40
+        assert session.progress.to_dict() == before
+        answer = await predictor.advance(session, 40, None, raw(GESTURE[40:]), options)
+        assert answer.scores.tobytes() == expected.scores.tobytes()
+        assert list(answer.events) == [one for one in expected.events if one.event.decided >= 40]
 
     serve(catalog, scenario)
 
