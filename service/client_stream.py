@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import time
@@ -36,8 +37,8 @@ class AsyncStream:
     Frames sent whose answers are not yet read are at most `window`: beyond it `send` waits until answers are read, so read while you
     send, as `play` does. Every answer is delivered once and in order, whatever happens to the connection.
 
-    Events, of models that have rules for them, go to `on_event` as soon as they are known, each once and in order; what it raises ends the stream and
-    comes out here.
+    Events, of models that have rules for them, are in the answer of the frame that decided them. `on_event` hears of the same, each once and in order, as
+    soon as they arrive, and of what a reset has ended although no frame follows; what it raises ends the stream and comes out here.
 
     Everything raises `ServiceError` (what the server refuses), `Unreachable` (the connection did not come back), `StreamClosed`.
     """
@@ -57,6 +58,7 @@ class AsyncStream:
         self._turn = asyncio.Lock()  # one `send` at a time
         self._inbox: deque[Answer] = deque()
         self._events: deque[Event] = deque(maxlen=_EVENTS)  # that were told; those of answers it kept a server that comes back says again
+        self._undelivered: deque[Event] = deque()  # whose answer has not come yet
         self._most = 1  # frames in a message
         self._attempt = 0  # to come back, since the last answer
         self._not_before = 0.0  # the server asked to wait until then, on time.monotonic's clock
@@ -230,15 +232,25 @@ class AsyncStream:
             return
         scores = np.frombuffer(message, "<f4", offset=protocol.HEADER.size).reshape(count, -1)
         classes = self.classes if self.task == "classification" else ()
-        self._inbox.extend(Answer.from_scores(frame, self.fps, scores[frame - first], classes) for frame in self._ledger.take(first, count))
+        for frame in self._ledger.take(first, count):
+            answer = Answer.from_scores(frame, self.fps, scores[frame - first], classes)
+            self._inbox.append(dataclasses.replace(answer, events=self._events_until(frame)) if self._undelivered else answer)
         self._attempt = 0
         self._news.set()
 
     def _take_event(self, event: Event) -> None:
         if event not in self._events:
             self._events.append(event)
+            self._undelivered.append(event)
             if self._on_event is not None:
                 self._on_event(event)
+
+    def _events_until(self, frame: int) -> tuple[Event, ...]:
+        """Those that were decided at or before the frame and belong to no answer yet."""
+        events = []
+        while self._undelivered and self._undelivered[0].decided <= frame:
+            events.append(self._undelivered.popleft())
+        return tuple(events)
 
     # ---- sending and reading
 

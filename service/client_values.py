@@ -13,8 +13,6 @@ import numpy.typing as npt
 Frames = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float32]
 Source = Frames | Iterable[npt.ArrayLike] | AsyncIterable[npt.ArrayLike]
-OnEvent = Callable[["Event"], None]
-
 TOP = 5  # classes in an answer's `top`
 
 
@@ -60,43 +58,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model says at one frame of a stream, or at the last frame of a clip or message.
-
-    `label`, `score` and `top` (best first) exist for classification only. `scores` has shape (classes,); (count, classes) where a call
-    asked for `scores="all"`; None where it asked for none.
-    """
-
-    frame: int  # of the stream, as the client counts
-    time: float  # seconds of the stream since its frame 0
-    label: str | None
-    score: float | None
-    top: tuple[tuple[str, float], ...] = field(repr=False)
-    scores: Scores | None = field(repr=False)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Answer:
-        scores = value.get("scores")
-        return cls(
-            frame=value["frame"],
-            time=value["time"],
-            label=value.get("label"),
-            score=value.get("score"),
-            top=tuple((entry["label"], entry["score"]) for entry in value.get("top", ())),
-            scores=None if scores is None else np.array(scores, np.float32),
-        )
-
-    @classmethod
-    def from_scores(cls, frame: int, fps: float, scores: Scores, classes: tuple[str, ...]) -> Answer:
-        """The answer that scores (classes,) stand for; without `classes` they are no classification."""
-        if not classes:
-            return cls(frame, frame / fps, None, None, (), scores)
-        order = np.argsort(-scores, kind="stable")[:TOP]
-        top = tuple((classes[index], float(scores[index])) for index in order.tolist())
-        return cls(frame, frame / fps, *top[0], top, scores)
-
-
-@dataclass(frozen=True)
 class Event:
     """Something has started or ended in a stream, as the model's rules decide."""
 
@@ -111,6 +72,48 @@ class Event:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Event:
         return cls(value["event"], value["label"], value["score"], value["frame"], value["decided"], value["time"], value.get("cause"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says at one frame of a stream, or at the last frame of a clip or message.
+
+    `label`, `score` and `top` (best first) exist for classification only. `scores` has shape (classes,); (count, classes) where a call
+    asked for `scores="all"`; None where it asked for none. `events` are what its frames decided.
+    """
+
+    frame: int  # of the stream, as the client counts
+    time: float  # seconds of the stream since its frame 0
+    label: str | None
+    score: float | None
+    top: tuple[tuple[str, float], ...] = field(repr=False)
+    scores: Scores | None = field(repr=False)
+    events: tuple[Event, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Answer:
+        scores = value.get("scores")
+        return cls(
+            frame=value["frame"],
+            time=value["time"],
+            label=value.get("label"),
+            score=value.get("score"),
+            top=tuple((entry["label"], entry["score"]) for entry in value.get("top", ())),
+            scores=None if scores is None else np.array(scores, np.float32),
+            events=tuple(map(Event.from_json, value.get("events", ()))),
+        )
+
+    @classmethod
+    def from_scores(cls, frame: int, fps: float, scores: Scores, classes: tuple[str, ...]) -> Answer:
+        """The answer that scores (classes,) stand for; without `classes` they are no classification."""
+        if not classes:
+            return cls(frame, frame / fps, None, None, (), scores)
+        order = np.argsort(-scores, kind="stable")[:TOP]
+        top = tuple((classes[index], float(scores[index])) for index in order.tolist())
+        return cls(frame, frame / fps, *top[0], top, scores)
+
+
+OnEvent = Callable[[Event], None]
 
 
 class StreamOptions(TypedDict, total=False):

@@ -413,7 +413,7 @@ def write_event(event: TimedEvent, track: int = 0) -> str:
 
 
 def write_events(answer: Answer, track: int = 0) -> list[str]:
-    """The messages that follow an answer, whatever its form: one for each event that its frames decided."""
+    """The messages that go before an answer, whatever its form: one for each event that its frames decided."""
     return [write_event(event, track) for event in answer.events]
 
 

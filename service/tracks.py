@@ -244,10 +244,11 @@ class Track:
         self._done(message)
 
     async def _send(self, answer: Answer) -> None:
-        await self._link.send(write_answer(answer, self.number))
+        """Events go first: a client that has the answer, and so acknowledges its frames, has their events too, wherever the connection broke."""
         if answer.events:
             for event in write_events(answer, self.number):
                 await self._link.send(event)
+        await self._link.send(write_answer(answer, self.number))
 
     def _done(self, message: Frames | Reset) -> None:
         self._link.connection.answered(message, self.credit)

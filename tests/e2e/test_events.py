@@ -55,7 +55,7 @@ def receive(socket: ClientConnection) -> Any:
 def play(socket: ClientConnection, first: int, end: int, chunk: int, events: list[Any], t: npt.NDArray[np.float64] | None = None) -> list[Any]:
     """Sends frames, as binary messages or, with times, as text, and returns the answers.
 
-    After each answer `events` that its frames decide must come, and nothing else: one too many would be taken for the next answer.
+    Before each answer `events` that its frames decide must come, and nothing else: one too many would be taken for the answer.
     """
     answers = []
     for at in range(first, end, chunk):
@@ -64,9 +64,9 @@ def play(socket: ClientConnection, first: int, end: int, chunk: int, events: lis
             socket.send(protocol.write_frames(at, frames))
         else:
             socket.send(json.dumps({"type": "frames", "first": at, "frames": frames.tolist(), "t": t[at : at + len(frames)].tolist()}))
+        follow(socket, [event for event in events if at <= event["decided"] < at + len(frames)])
         answers.append(receive(socket))
         socket.send(json.dumps({"type": "ack", "first": at}))  # one message late: there is something to resume
-        follow(socket, [event for event in events if at <= event["decided"] < at + len(frames)])
     return answers
 
 
@@ -102,7 +102,7 @@ def test_a_stream_tells_what_the_clip_tells(http: httpx.Client, server: Server, 
     np.testing.assert_array_equal(scores, np.array(whole["scores"], np.float32))
 
 
-def test_each_event_follows_the_answer_of_the_frame_that_decided_it(http: httpx.Client, server: Server) -> None:
+def test_each_event_comes_with_the_answer_of_the_frame_that_decided_it(http: httpx.Client, server: Server) -> None:
     whole = clip(http)
     least = GESTURES.events.least  # type: ignore[union-attr]
     assert any(event["event"] == "start" and event["decided"] == event["frame"] + least - 1 for event in whole["events"])
@@ -162,8 +162,8 @@ def test_a_repeat_and_a_resume_tell_the_same_events(http: httpx.Client, server: 
         assert receive(socket)["code"] == "answers_forgotten"
     with stream(server, f"session={session}&ack=30&fps=20&scores=all") as socket:
         assert receive(socket)["next_frame"] == 40
-        assert receive(socket)["first"] == 30
         follow(socket, [event for event in whole["events"] if 30 <= event["decided"] < 40])
+        assert receive(socket)["first"] == 30
         play(socket, 40, 80, 20, whole["events"])
     body = {"first": 60, "frames": CLIP[60:100].tolist()}
     first, again = (http.post(f"/v1/sessions/{session}/frames", json=body).json() for _ in range(2))

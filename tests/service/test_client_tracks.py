@@ -13,11 +13,11 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from service import errors, protocol
-from service.client import Answer, AsyncClient, AsyncTracks, Client, StreamClosed, Unreachable
+from service.client import Answer, AsyncClient, AsyncTracks, Client, Event, StreamClosed, Unreachable
 from tests.service.conftest import Server
 from tests.service.test_client import QUICK, Frames, Proxy, check, run, uneven, whole
 from tests.service.test_client_stream import ONE, Peer, against
-from tests.toy_models import CHANNELS, example_frames
+from tests.toy_models import CHANNELS, GESTURES, example_frames, moving_frames
 
 
 def frames_of(person: int, count: int = 200) -> Frames:
@@ -174,6 +174,55 @@ def test_the_plain_client_has_tracks(server: Server) -> None:
             expected = whole(server.url, "channels", np.concatenate([frames_of(person, 10), frames_of(9, 2)]))
             last = list(stream.play(frames_of(9, 2)))[-1]
             np.testing.assert_array_equal(last.scores, expected[-1])
+
+
+# ---- events
+
+
+def gestures_of(person: int) -> Frames:
+    return moving_frames(GESTURES, 300, seed=40 + person)
+
+
+def told(url: str, person: int) -> tuple[Event, ...]:
+    """What the whole clip tells."""
+    with Client(url) as client:
+        events = client.predict("gestures", gestures_of(person)).events
+    assert {event.event for event in events} == {"start", "end"}
+    return events
+
+
+@pytest.mark.parametrize("every", [10_000, 50])
+def test_everybody_hears_of_their_own_events_once_however_often_the_connection_is_lost(server: Server, every: int) -> None:
+    async def case() -> tuple[list[list[Event]], list[list[Answer]]]:
+        heard: list[list[Event]] = [[], [], []]
+        answers: list[list[Answer]] = [[], [], []]
+        async with Proxy(server.url).serving() as proxy, AsyncClient(proxy.url, retry=QUICK) as client, client.tracks("gestures") as tracks:
+
+            async def watch(person: int) -> None:
+                async with tracks.stream(on_event=heard[person].append) as stream:
+                    async for answer in stream.play(uneven(gestures_of(person))):
+                        answers[person].append(answer)
+                        if answer.frame % every == every - 1:
+                            proxy.cut()
+
+            await asyncio.gather(*(watch(person) for person in range(3)))
+        return heard, answers
+
+    for person, (events, answers) in enumerate(zip(*run(case()), strict=True)):
+        assert tuple(events) == told(server.url, person)
+        assert [event for answer in answers for event in answer.events] == events
+        assert all(event.decided == answer.frame for answer in answers for event in answer.events)
+
+
+def test_a_reset_ends_what_is_open_and_the_listener_hears_why(server: Server) -> None:
+    opening = next(event for event in told(server.url, 0) if event.event == "start")
+    heard: list[Event] = []
+    with Client(server.url) as client, client.stream("gestures", on_event=heard.append) as stream:
+        list(stream.play(gestures_of(0)[: opening.decided + 1]))
+        stream.reset()
+    assert heard[0] == opening
+    (end,) = heard[1:]
+    assert (end.event, end.label, end.frame, end.cause) == ("end", opening.label, opening.decided + 1, "reset")
 
 
 # ---- against a script

@@ -22,7 +22,7 @@ from service import player
 from service.client import Client, Model
 from service.player import PlayerError, Recording, find_recording, fit, read_recording
 from tests.server_process import ROOT, Server
-from tests.toy_models import CHANNELS, EXPLOSIVE, SKELETON, example_frames
+from tests.toy_models import CHANNELS, EXPLOSIVE, GESTURES, SKELETON, example_frames, moving_frames
 
 WITHIN_S = 60.0
 
@@ -176,6 +176,20 @@ def test_into_a_pipe_it_prints_changes_and_a_summary(server: Server, clip: Path)
     assert "round trip p50" in summary
 
 
+def test_events_are_lines_as_they_come(server: Server, tmp_path: Path) -> None:
+    frames = moving_frames(GESTURES, 120, seed=21)
+    np.save(tmp_path / "a.npy", frames)
+    with Client(server.url) as client:
+        events = client.predict("gestures", frames).events
+    assert len(events) > 2
+    done = stream(tmp_path / "a.npy", "--model", "gestures", "--url", server.url, "--speed", 20)
+    assert done.returncode == 0, done.stderr
+    *lines, summary = done.stdout.splitlines()
+    printed = [f"{event.frame} {event.time:.2f} {event.event} {event.label} {event.score:.3f} decided {event.decided}" for event in events]
+    assert [line for line in lines if " decided " in line] == printed
+    assert f", {len(events)} events, last " in summary
+
+
 def test_the_pace_is_the_recordings_own(server: Server, clip: Path) -> None:
     took = {}
     for speed in (2, 8):
@@ -276,6 +290,14 @@ def on_terminal(arguments: list[str], until: bytes) -> tuple[bytes, int]:
         process.kill()
         process.wait(WITHIN_S)
         os.close(master)
+
+
+def test_on_a_terminal_events_stay_above_what_is_drawn(server: Server, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", moving_frames(GESTURES, 120, seed=21))
+    drawn, _ = on_terminal(command(tmp_path / "a.npy", "--model", "gestures", "--url", server.url, "--speed", 10), b"never seen")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
+    assert re.search(r"\d+ \d+\.\d\d start \w+ 0\.\d+ decided \d+\s", text), text
+    assert "Traceback" not in text
 
 
 def test_on_a_terminal_it_draws_and_ctrl_c_ends_it_with_the_summary(server: Server, clip: Path) -> None:
