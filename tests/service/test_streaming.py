@@ -292,3 +292,43 @@ def test_an_overrun_window_is_explained(server: Server) -> None:
             receive(socket)
         assert receive(socket)["code"] == "too_many"
         assert closed_with(socket) == 4429
+
+
+def test_tracks_of_a_connection_are_streams_of_their_own(http: httpx.Client, server: Server) -> None:
+    """Three people: one leaves, one errs, one is left on a connection that stays open; and all of them the same bits as their clip."""
+    whole = clip_scores(http)
+    with connect(stream_url(server, "")) as socket:
+        sessions = {}
+        for track in (0, 1, 65535):
+            socket.send(json.dumps({"type": "open", "track": track, "scores": "all"}))
+            opened = receive(socket)
+            assert (opened["type"], opened["track"], opened["next_frame"]) == ("opened", track, 0)
+            sessions[track] = opened["session"]
+        scores: dict[int, list[Any]] = {track: [] for track in sessions}
+        for first, end in itertools.pairwise((0, 5, 12, 40)):
+            for track in sessions:
+                socket.send(protocol.write_frames(first, CLIP[first:end], track))
+            for _ in sessions:
+                answer = receive(socket)
+                assert answer["first"] == first
+                scores[answer["track"]] += answer["scores"]
+        assert scores == dict.fromkeys(sessions, whole[:40])
+        socket.send(json.dumps({"type": "close", "track": 0}))
+        assert receive(socket) == {"type": "closed", "track": 0, "next_frame": 40}
+        socket.send(protocol.write_frames(50, CLIP[50:51], 1))
+        error = receive(socket)
+        assert (error["track"], error["code"], error["next_frame"]) == (1, "gap", 40)
+        assert step_of(socket, 65535, 40)["scores"] == whole[40:41]
+        assert [http.get(f"/v1/sessions/{session}").status_code for session in sessions.values()] == [404, 200, 200]
+        with connect(stream_url(server, f"session={sessions[1]}&ack=40")) as other:  # picked up elsewhere, over a connection of its own
+            assert receive(other)["next_frame"] == 40
+            assert step(other, 40, CLIP[40:41])["scores"] == whole[40:41]
+        socket.send(json.dumps({"type": "close", "track": 65535}))
+        assert receive(socket)["type"] == "closed"
+        socket.send(json.dumps({"type": "open", "track": 1, "session": sessions[1], "ack": 41}))
+        assert receive(socket)["next_frame"] == 41, "nobody was left, and the connection stayed"
+
+
+def step_of(socket: ClientConnection, track: int, first: int) -> Any:
+    socket.send(protocol.write_frames(first, CLIP[first : first + 1], track))
+    return receive(socket)
