@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -112,6 +113,26 @@ def test_each_event_comes_with_the_answer_of_the_frame_that_decided_it(http: htt
         close(socket)
 
 
+@pytest.mark.parametrize("scores", ["all", "last"])
+@pytest.mark.parametrize("timed", [False, True])
+def test_messages_that_pile_up_are_told_apart(http: httpx.Client, server: Server, scores: str, timed: bool) -> None:
+    """They run together, which must not show: each has its own answer, time and events."""
+    whole = clip(http, "fps=20", **({"t": JITTER.tolist()} if timed else {}))
+    cuts = [*range(0, 60, 3), 60]
+    with stream(server, f"fps=20&scores={scores}") as socket:
+        receive(socket)
+        for first, end in itertools.pairwise(cuts):
+            message = {"type": "frames", "first": first, "frames": CLIP[first:end].tolist()}
+            socket.send(json.dumps({**message, "t": JITTER[first:end].tolist()} if timed else message))
+        for first, end in itertools.pairwise(cuts):
+            follow(socket, [event for event in whole["events"] if first <= event["decided"] < end])
+            answer = receive(socket)
+            assert (answer["first"], answer["count"]) == (first, end - first)
+            assert answer["scores"] == (whole["scores"][first:end] if scores == "all" else whole["scores"][end - 1])
+            assert answer["time"] == (pytest.approx(JITTER[end - 1] - JITTER[0], abs=1e-6) if timed else round((end - 1) / 20, 6))
+        close(socket)
+
+
 def test_a_camera_that_does_not_keep_its_rate(http: httpx.Client, server: Server) -> None:
     whole = clip(http, t=JITTER.tolist())
     assert whole["time"] == pytest.approx(JITTER[-1] - JITTER[0], abs=1e-6)
@@ -155,20 +176,28 @@ def test_times_that_do_not_go_on_are_refused_and_change_nothing(http: httpx.Clie
 
 def test_a_repeat_and_a_resume_tell_the_same_events(http: httpx.Client, server: Server) -> None:
     whole = clip(http, "fps=20")
+    end = whole["events"][1]["decided"] + 3
+    ack = end - 10
+    missed = [event for event in whole["events"] if ack <= event["decided"] < end]
+    assert missed
     with stream(server, "fps=20&scores=all") as socket:
         session = receive(socket)["session"]
-        play(socket, 0, 40, 10, whole["events"])
-        socket.send(protocol.write_frames(25, CLIP[25:40]))  # again, though only 30 to 39 are still to be acknowledged
+        play(socket, 0, ack, 10, whole["events"])
+        play(socket, ack, end, 10, whole["events"])
+        socket.send(protocol.write_frames(ack - 5, CLIP[ack - 5 : end]))  # again, though some of it is acknowledged
         assert receive(socket)["code"] == "answers_forgotten"
-    with stream(server, f"session={session}&ack=30&fps=20&scores=all") as socket:
-        assert receive(socket)["next_frame"] == 40
-        follow(socket, [event for event in whole["events"] if 30 <= event["decided"] < 40])
-        assert receive(socket)["first"] == 30
-        play(socket, 40, 80, 20, whole["events"])
-    body = {"first": 60, "frames": CLIP[60:100].tolist()}
-    first, again = (http.post(f"/v1/sessions/{session}/frames", json=body).json() for _ in range(2))
+    with stream(server, f"session={session}&ack={ack}&fps=20&scores=all") as socket:
+        assert receive(socket)["next_frame"] == end
+        follow(socket, missed)
+        assert receive(socket)["first"] == ack
+        socket.send(protocol.write_frames(ack, CLIP[ack:end]))
+        follow(socket, missed)
+        assert receive(socket)["first"] == ack
+        play(socket, end, end + 20, 10, whole["events"])
+    body = {"first": end + 15, "frames": CLIP[end + 15 : end + 70].tolist()}  # some of it known, none acknowledged
+    first, again = (http.post(f"/v1/sessions/{session}/frames", json=body).raise_for_status().json() for _ in range(2))
     assert first == again
-    assert first["events"] == [event for event in whole["events"] if 60 <= event["decided"] < 100]
+    assert first["events"] == [event for event in whole["events"] if end + 15 <= event["decided"] < end + 70]
 
 
 def later(event: Any, frames: int) -> Any:
@@ -208,11 +237,16 @@ def test_events_are_an_option(http: httpx.Client, server: Server) -> None:
         close(socket)
     answer = http.post("/v1/models/channels/predict", json={"frames": CLIP.tolist()}).json()
     assert "events" not in answer
-    with connect(f"{server.ws}/v1/models/channels/stream?events=true") as socket:
-        assert receive(socket)["code"] == "no_events"
-        with pytest.raises(ConnectionClosed):
-            socket.recv(timeout=60)
-        assert socket.close_code == 4422
+    session = http.post("/v1/models/channels/sessions").json()["session"]
+    for query, opens in (("events=true", False), (f"session={session}&events=true", True)):
+        with connect(f"{server.ws}/v1/models/channels/stream?{query}") as socket:
+            if opens:  # it may be resumed, but answers with events there are none
+                assert receive(socket)["type"] == "opened"
+                socket.send(protocol.write_frames(0, CLIP[:1]))
+            assert receive(socket)["code"] == "no_events"
+            with pytest.raises(ConnectionClosed):
+                socket.recv(timeout=60)
+            assert socket.close_code == 4422
 
 
 def test_the_manifest_tells_the_rules_and_metrics_count(http: httpx.Client) -> None:
