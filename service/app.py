@@ -22,21 +22,24 @@ from starlette.websockets import WebSocket
 from service.errors import Draining, Malformed, MethodNotAllowed, NotFound, ServiceError, Unauthenticated
 from service.gate import Gate
 from service.metrics import Metrics
+from service.open_inference import router as open_inference
 from service.predictor import Predictor
 from service.protocol import encode
 from service.routes import router
+from service.sequences import Sequences
 from service.settings import Settings
 from service.streaming import Sockets
 
 log = structlog.get_logger("app")
 
-_WITHOUT_TOKEN = ("/health/live", "/health/ready")
+_WITHOUT_TOKEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 _DESCRIPTION = """
 Recurrent (IndRNN) models on clips and live streams.
 
 * **A clip**: `POST /v1/models/{name}/predict`.
 * **A stream over REST**: open a session, send its frames in steps; the state is carried between. Every frame has a number, so a step may be repeated safely.
 * **A stream over a websocket**: `/v1/models/{name}/stream`, JSON or binary messages. It is the same kind of session: what one began, the other may go on with.
+* **The Open Inference Protocol, version 2**, as Triton's clients speak it: `/v2`. Its sequences are sessions too.
 
 Every error is `{"error": "one line for a person", "code": "...", ...}`.
 """
@@ -54,7 +57,9 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
     gate = Gate(settings)
     sockets = Sockets(predictor, gate, settings.connections)
     app.state.predictor, app.state.settings, app.state.gate, app.state.sockets = predictor, settings, gate, sockets
+    app.state.sequences = Sequences(predictor, settings.restart_sequences)
     app.include_router(router)
+    app.include_router(open_inference)
 
     @app.websocket("/v1/models/{name}/stream")
     async def stream(websocket: WebSocket, name: str) -> None:
@@ -127,8 +132,9 @@ def error_response(error: ServiceError) -> Response:
     headers = {}
     if "retry_after" in error.facts:
         headers["retry-after"] = str(error.facts["retry_after"])
-    if "allow" in error.facts:
-        headers["allow"] = error.facts["allow"]
+    for name in ("allow", "accept_encoding"):
+        if name in error.facts:
+            headers[name.replace("_", "-")] = error.facts[name]
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     return Response(encode(error.to_dict()), error.status, headers, "application/json")

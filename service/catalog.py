@@ -14,6 +14,7 @@ from service.engine import DeviceChoice, Engine, EngineError
 from service.errors import ModelNotFound, StartupError
 
 SHIPPED = Path(__file__).parent / "models"
+_RESERVED = ("stats",)
 
 log = structlog.get_logger("catalog")
 
@@ -129,6 +130,8 @@ def _load(name: str, folder: Path, device: DeviceChoice, threads: int | None) ->
         for part in (name, version):
             if not NAME_PATTERN.fullmatch(part):
                 raise EngineError(f"the folder's name {part!r} must match {NAME_PATTERN.pattern}")
+        if name in _RESERVED:
+            raise EngineError(f"the name {name!r} means something else in the paths of the Open Inference Protocol: choose another")
         engine = Engine.load(path, device, threads)
     except EngineError as error:
         log.error("model not served", model=name, version=version, file=str(path), reason=str(error))

@@ -3,6 +3,8 @@
 StartupError                                  ends the program before it serves, with one line for a person
 ServiceError           500 / 1011  internal
 ├── Malformed          400 / 4400  malformed
+├── SequenceNotFound   400 / 4400  sequence_not_found   (a sequence of the Open Inference Protocol)
+│   └── SequenceExpired            sequence_expired
 ├── Unauthenticated    401 / 4401  unauthenticated
 ├── Forbidden          403 / 4403  forbidden
 ├── NotFound           404 / 4404  not_found            (a path that does not exist)
@@ -16,8 +18,10 @@ ServiceError           500 / 1011  internal
 │   ├── AnswersForgotten           answers_forgotten
 │   ├── TakenOver                  taken_over
 │   ├── TrackNotOpen               track_not_open
-│   └── FingerprintMismatch        fingerprint_mismatch
+│   ├── FingerprintMismatch        fingerprint_mismatch
+│   └── SequenceLive               sequence_live
 ├── TooLarge           413 / 1009  too_large
+├── UnknownEncoding    415 / 4400  unknown_encoding
 ├── Unprocessable      422 / 4422  unprocessable
 │   ├── WrongShape                 wrong_shape
 │   ├── NotFinite                  not_finite
@@ -27,10 +31,12 @@ ServiceError           500 / 1011  internal
 │   ├── WrongTime                  wrong_time
 │   └── NoEvents                   no_events
 ├── TooMany            429 / 4429  too_many
+├── NotSupported       501 / 4400  not_supported
 └── Unavailable        503 / 1013  unavailable          (with Retry-After)
     ├── Overloaded                 overloaded
     ├── Draining                   draining
-    └── ModelLoading               model_loading
+    ├── ModelLoading               model_loading
+    └── ModelNotReady              model_not_ready
 """
 
 from __future__ import annotations
@@ -63,6 +69,16 @@ class Malformed(ServiceError):
     """The message cannot be read at all: syntax, header, type or unknown field."""
 
     status, close_code, code = 400, 4400, "malformed"
+
+
+class SequenceNotFound(ServiceError):
+    """A step of a sequence that was not started, or ended. Its status is the one that clients of that protocol know."""
+
+    status, close_code, code = 400, 4400, "sequence_not_found"
+
+
+class SequenceExpired(SequenceNotFound):
+    code = "sequence_expired"
 
 
 class Unauthenticated(ServiceError):
@@ -127,8 +143,20 @@ class FingerprintMismatch(Conflict):
     code = "fingerprint_mismatch"
 
 
+class SequenceLive(Conflict):
+    """A sequence was started that is under way, where the settings forbid to begin it anew."""
+
+    code = "sequence_live"
+
+
 class TooLarge(ServiceError):
     status, close_code, code = 413, 1009, "too_large"
+
+
+class UnknownEncoding(ServiceError):
+    """The body is compressed in a way that is not understood; `accept_encoding` lists those that are."""
+
+    status, close_code, code = 415, 4400, "unknown_encoding"
 
 
 class Unprocessable(ServiceError):
@@ -175,6 +203,12 @@ class TooMany(ServiceError):
     status, close_code, code = 429, 4429, "too_many"
 
 
+class NotSupported(ServiceError):
+    """A call of a known protocol that this service does not offer."""
+
+    status, close_code, code = 501, 4400, "not_supported"
+
+
 class Unavailable(ServiceError):
     """Not now; `retry_after` (seconds) says when to try again."""
 
@@ -194,3 +228,9 @@ class Draining(Unavailable):
 
 class ModelLoading(Unavailable):
     code = "model_loading"
+
+
+class ModelNotReady(Unavailable):
+    """The model is there but cannot be served; the message says why."""
+
+    code = "model_not_ready"

@@ -63,6 +63,14 @@ class FrameReader:
             raise Empty("no frames: send at least one")
         return self._checked(np.frombuffer(payload, _F4).reshape(-1, *self.shape), first)
 
+    def from_array(self, frames: npt.NDArray[Any], first: int = 0) -> Frames:
+        """Real numbers (count, *shape), NaN for what is missing."""
+        if frames.shape[1:] != self.shape:
+            raise WrongShape(f"expected (frames, {self._spoken(', ')}), got {frames.shape}")
+        if not len(frames):
+            raise Empty("no frames: send at least one")
+        return self._checked(frames, first)
+
     def from_npy(self, body: bytes, first: int = 0) -> Frames:
         """A NumPy file of real numbers, (count, *shape), any byte order and memory order; pickled objects are refused."""
         stream = io.BytesIO(body)
@@ -128,9 +136,9 @@ class FrameReader:
 
 @dataclass(slots=True)  # not frozen: made for each message, and frozen ones take four times as long
 class Payload:
-    """Frames as they came: parsed JSON, raw bytes or a NumPy file; `size` in bytes, `count` as a header announced it, `t` the time of each."""
+    """Frames as they came: parsed JSON, raw bytes, a NumPy file or an array of it; `size` in bytes, `count` as a header announced it, `t` the time of each."""
 
-    form: Literal["json", "raw", "npy"]
+    form: Literal["json", "raw", "npy", "array"]
     value: Any
     size: int
     count: int | None = None
@@ -140,6 +148,8 @@ class Payload:
         """Raises what `FrameReader` raises."""
         if self.form == "json":
             return reader.from_json(self.value, first)
+        if self.form == "array":
+            return reader.from_array(self.value, first)
         return reader.from_npy(self.value, first) if self.form == "npy" else reader.from_bytes(self.value, first, self.count)
 
 

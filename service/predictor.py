@@ -89,10 +89,10 @@ class Predictor:
 
     # Clips
 
-    async def predict(self, name: str, version: str | None, payload: Payload, options: Options) -> Answer:
-        """Runs a whole clip from the zero state; nothing of it remains."""
+    async def predict(self, name: str, version: str | None, payload: Payload, options: Options, wait_s: float | None = None) -> Answer:
+        """Runs a whole clip from the zero state; nothing of it remains. `wait_s` is the longest it may wait, where that is less than the settings say."""
         self._check_open()
-        deadline = time.monotonic() + self._settings.deadline_s
+        deadline = self.deadline(wait_s)
         runner = self.runner(name, version)
         options = _settled(options, runner)
         reader = self._reader(runner, options.layout)
@@ -112,19 +112,20 @@ class Predictor:
 
     # Streams
 
-    def open(self, name: str, version: str | None, options: Options) -> Session:
-        """A new session at frame 0; raises `ModelNotFound`, `LayoutUnknown`, `Malformed` or `TooMany`."""
+    def open(self, name: str, version: str | None, options: Options, session_id: str | None = None) -> Session:
+        """A new session at frame 0, under an id that nobody can guess unless one is given.
+
+        Raises `ModelNotFound`, `LayoutUnknown`, `Malformed`, `NoEvents` or `TooMany`.
+        """
         self._check_open()
         runner = self.runner(name, version)
-        options = _settled(options, runner)
-        self._reader(runner, options.layout)  # refuses an unknown layout before anything is taken
+        options = self._checked(options, runner)
         try:
             self.sessions.check_room()
         except ServiceError:
             self.metrics.sessions_refused.inc()
             raise
-        progress = Progress(runner.manifest, options.fps or runner.manifest.fps)
-        session = Session(runner.name, runner.version, runner.rows.take(), len(runner.manifest.classes), options, progress)
+        session = _begun(runner, options, session_id)
         self.sessions.add(session)
         self.metrics.sessions_opened.labels(runner.name).inc()
         self.metrics.sessions_live.labels(runner.name).inc()
@@ -135,34 +136,66 @@ class Predictor:
 
         `count` is None where only reading the payload tells. `owner` is the connection that asks, which may have been taken over.
         """
-        deadline = time.monotonic() + self._settings.deadline_s
+        deadline = self.deadline()
         if options.events and session.progress.detector is None:
             raise NoEvents(f"model {session.model} has no events: there are no rules for them in its manifest")
-        async with self._turn(session, deadline, owner):
-            runner = self._runners[session.model, session.version]
-            if count is not None and first + count <= session.next_frame:
-                session.known(first, count)
-                return self._stored(session, runner, first, first + count, options)
-            reader = self._reader(runner, session.options.layout)
-            frames = payload.read(reader, first) if payload.size <= _LARGE else await asyncio.to_thread(payload.read, reader, first)
-            end = first + len(frames)
-            known = session.known(first, len(frames))
-            if known == len(frames):
-                return self._stored(session, runner, first, end, options)
-            if session.progress.plain and payload.t is None:
-                before = session.answers.get(first, session.next_frame) if known and options.scores == "all" else None  # raises before anything runs
-                scores = await runner.run(session.row, frames[known:], deadline, session.answers.add)
-                if options.scores != "all":
-                    scores = scores[-1:]
-                elif before is not None:
-                    scores = np.concatenate([before, scores])
-                return Answer(runner.manifest, options, first, len(frames), scores)
-            stored = self._stored(session, runner, first, session.next_frame, options) if known and options.scores == "all" else None
-            events = self._events(session, first, session.next_frame, options)
-            passage = await _prepared(session.progress, session.next_frame, frames[known:], payload, first)
-            await self._run(session, runner, passage, deadline)
-            answer = _answer(runner, options, first, len(frames), passage.scores, passage.times, events + passage.events)
-            return answer if stored is None else stored.joined(answer)
+        async with self.turn(session, deadline, owner):
+            return await self.take(session, first, count, payload, options, deadline)
+
+    def deadline(self, wait_s: float | None = None) -> float:
+        """Until when a message that came now may wait, on time.monotonic's clock."""
+        return time.monotonic() + (self._settings.deadline_s if wait_s is None else min(wait_s, self._settings.deadline_s))
+
+    def turn(self, session: Session, deadline: float, owner: Owner | None = None) -> _Turn:
+        """`async with` it: what others want of the session waits. Raises `SessionNotFound`, `TakenOver`, `Deadline`, `Overloaded` or `Draining`."""
+        self._check_open()
+        return _Turn(self.sessions, session, deadline, owner)
+
+    async def take(self, session: Session, first: int, count: int | None, payload: Payload, options: Options, deadline: float) -> Answer:
+        """As `advance`, for a caller that has the session's turn."""
+        runner = self._runners[session.model, session.version]
+        if count is not None and first + count <= session.next_frame:
+            session.known(first, count)
+            return self._stored(session, runner, first, first + count, options)
+        reader = self._reader(runner, session.options.layout)
+        frames = payload.read(reader, first) if payload.size <= _LARGE else await asyncio.to_thread(payload.read, reader, first)
+        end = first + len(frames)
+        known = session.known(first, len(frames))
+        if known == len(frames):
+            return self._stored(session, runner, first, end, options)
+        if session.progress.plain and payload.t is None:
+            before = session.answers.get(first, session.next_frame) if known and options.scores == "all" else None  # raises before anything runs
+            scores = await runner.run(session.row, frames[known:], deadline, session.answers.add)
+            if options.scores != "all":
+                scores = scores[-1:]
+            elif before is not None:
+                scores = np.concatenate([before, scores])
+            return Answer(runner.manifest, options, first, len(frames), scores)
+        stored = self._stored(session, runner, first, session.next_frame, options) if known and options.scores == "all" else None
+        events = self._events(session, first, session.next_frame, options)
+        passage = await _prepared(session.progress, session.next_frame, frames[known:], payload, first)
+        await self._run(session, runner, passage, deadline)
+        answer = _answer(runner, options, first, len(frames), passage.scores, passage.times, events + passage.events)
+        return answer if stored is None else stored.joined(answer)
+
+    async def restart(
+        self, session: Session, version: str | None, opening: Options, first: int, count: int | None, payload: Payload, options: Options, deadline: float
+    ) -> Answer:
+        """Begins a session anew at frame 0, opened with `opening`, if these frames run; else it stays as it was. The caller has its turn."""
+        runner = self.runner(session.model, version)
+        fresh = _begun(runner, self._checked(opening, runner), session.id)
+        try:
+            return await self.take(fresh, first, count, payload, options, deadline)
+        finally:
+            done = fresh.next_frame > 0 and session.ended is None  # even if the caller has left: what has run has taken effect
+            spare = session if done else fresh
+            self._runners[spare.model, spare.version].rows.give(spare.row)
+            if done:
+                session.become(fresh)
+                self.metrics.sessions_ended.labels(session.model, "restarted").inc()
+                self.metrics.sessions_opened.labels(session.model).inc()
+                if session.owner is not None:
+                    session.owner.stop(TakenOver("this stream was begun anew elsewhere", next_frame=session.next_frame))
 
     async def _run(self, session: Session, runner: Runner, passage: Passage, deadline: float) -> None:
         """Runs what was prepared; it takes effect as a whole, even if the caller has left by then."""
@@ -179,7 +212,7 @@ class Predictor:
 
     async def reset(self, session: Session, at: int, owner: Owner | None = None) -> list[TimedEvent]:
         """Begins anew at frame `at`, which must be the next one; returns the end of the event that was open. Repeating it gives the same again."""
-        async with self._turn(session, time.monotonic() + self._settings.deadline_s, owner):
+        async with self.turn(session, self.deadline(), owner):
             if session.reset(at):
                 runner = self._runners[session.model, session.version]
                 runner.rows.clear(session.row)
@@ -208,7 +241,11 @@ class Predictor:
         """Ends the session after the message under way, if any; a connection that streams it is told, unless it is the `owner` that asks."""
         async with session.turn:
             self.sessions.check_live(session)
-            self.sessions.end(session, cause)
+            self.end(session, cause, owner)
+
+    def end(self, session: Session, cause: Cause, owner: Owner | None = None) -> None:
+        """As `close`, for a caller that has the session's turn."""
+        self.sessions.end(session, cause)
         self._tell_ended(session, owner)
 
     def attach(self, session: Session, owner: Owner) -> None:
@@ -257,10 +294,6 @@ class Predictor:
 
     # Inside
 
-    def _turn(self, session: Session, deadline: float, owner: Owner | None) -> _Turn:
-        self._check_open()
-        return _Turn(self.sessions, session, deadline, owner)
-
     def _stored(self, session: Session, runner: Runner, first: int, end: int, options: Options) -> Answer:
         """The kept answer for frames [first, end); raises `AnswersForgotten`."""
         begin = first if options.scores == "all" else end - 1
@@ -281,6 +314,12 @@ class Predictor:
     def _count(self, runner: Runner, events: list[TimedEvent]) -> None:
         if events:
             self.metrics.events.labels(runner.name).inc(len(events))
+
+    def _checked(self, options: Options, runner: Runner) -> Options:
+        """The options as settled for a stream; an unknown layout is refused before anything is taken."""
+        options = _settled(options, runner)
+        self._reader(runner, options.layout)
+        return options
 
     def _reader(self, runner: Runner, layout: str | None) -> FrameReader:
         key = (runner.name, runner.version, layout)
@@ -373,6 +412,12 @@ def stream_warning(runner: Runner) -> str:
         fall = f"accuracy declines from {report.accuracy_first:.1%} to {report.accuracy_last:.1%} along a stream"
         return f"not verified for endless streams: {fall}; reset the session between actions"
     return ""
+
+
+def _begun(runner: Runner, options: Options, session_id: str | None) -> Session:
+    """A session at frame 0 with a row of its own, in no table yet."""
+    progress = Progress(runner.manifest, options.fps or runner.manifest.fps)
+    return Session(runner.name, runner.version, runner.rows.take(), len(runner.manifest.classes), options, progress, session_id)
 
 
 async def _prepared(progress: Progress, next_frame: int, frames: Floats, payload: Payload, first: int) -> Passage:

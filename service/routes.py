@@ -29,7 +29,8 @@ _FIRST = {
 
 @router.get("/", summary="Where things are", tags=["service"])
 async def index() -> Response:
-    return _json({"service": "indrnn", "models": "/v1/models", "docs": "/docs", "openapi": "/openapi.json", "ready": "/health/ready", "metrics": "/metrics"})
+    described = {"docs": "/docs", "openapi": "/openapi.json", "ready": "/health/ready", "metrics": "/metrics"}
+    return _json({"service": "indrnn", "models": "/v1/models", "open_inference": "/v2", **described})
 
 
 @router.get("/health/live", summary="Whether the process runs", tags=["service"])

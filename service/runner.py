@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from service.engine import Engine, Floats, Lengths
 from service.errors import Diverged
 from service.metrics import Metrics
 from service.sessions import Rows
+from service.statistics import Statistics
 
 Flags = npt.NDArray[np.bool_]
 
@@ -48,7 +50,9 @@ class Runner:
         self.version = version
         self.engine = engine
         self.manifest = engine.manifest
+        self.most_rows = most_rows
         self.rows = Rows(engine.manifest.state_width)
+        self.statistics = Statistics()
         self._batcher = Batcher(name, self._step, self, most_rows=most_rows, most_waiting=most_waiting)
         self._waited = metrics.queue_seconds.labels(name)
         self._ran = metrics.run_seconds.labels(name)
@@ -70,6 +74,7 @@ class Runner:
         `commit` gets the scores once the row has moved on, even if the caller has left by then. `Rows.ZERO` stays as it is.
         Raises `Diverged`, `Overloaded`, `Deadline` or `Draining`, with the row unchanged.
         """
+        began = perf_counter_ns()
         stretch = Stretch(row, frames)
         result: list[Floats] = []
 
@@ -78,7 +83,12 @@ class Runner:
             if commit is not None:
                 commit(result[0])
 
-        await self._batcher.run(stretch, deadline, settled)
+        try:
+            await self._batcher.run(stretch, deadline, settled)
+        except BaseException:
+            self.statistics.failed(perf_counter_ns() - began)
+            raise
+        self.statistics.succeeded(perf_counter_ns() - began)
         return result[0]
 
     async def idle(self) -> None:
@@ -98,6 +108,7 @@ class Runner:
 
     def waited(self, seconds: float) -> None:
         self._waited.observe(seconds)
+        self.statistics.waited(int(1e9 * seconds))
 
     def ran(self, rows: int, seconds: float) -> None:
         self._ran.observe(seconds)
@@ -107,18 +118,25 @@ class Runner:
 
     def _step(self, stretches: Sequence[Stretch], steps: int) -> list[Exception | None]:
         """Advances every stretch by up to `steps` frames in one run of the model; a stretch that diverges fails alone."""
+        began = perf_counter_ns()
         slices = [stretch.ahead(steps) for stretch in stretches]
         lengths = np.fromiter(map(len, slices), np.int64, len(slices))
         state = self.rows.gather([stretch.stream for stretch in stretches])
         for i, stretch in enumerate(stretches):
             if stretch.carry is not None:
                 state[i] = stretch.carry
-        scores, next_state = self.engine.run_batch(_padded(slices, steps, self.manifest.frame_shape), lengths, state)
+        padded = _padded(slices, steps, self.manifest.frame_shape)
+        ready = perf_counter_ns()
+        scores, next_state = self.engine.run_batch(padded, lengths, state)
+        ran = perf_counter_ns()
         fine = _finite_rows(scores, lengths) & np.asarray(np.isfinite(next_state).all(axis=1))
         count = int(lengths.sum())
         self._frames.inc(count)
         self.frames_run += count
-        return self._take(stretches, lengths, scores, next_state, fine)
+        outcomes = self._take(stretches, lengths, scores, next_state, fine)
+        done = len(stretches) - sum(1 for stretch in stretches if stretch.frames)
+        self.statistics.ran(len(stretches), done, ready - began, ran - ready, perf_counter_ns() - ran)
+        return outcomes
 
     def _take(self, stretches: Sequence[Stretch], lengths: Lengths, scores: Floats, next_state: Floats, fine: Flags) -> list[Exception | None]:
         outcomes: list[Exception | None] = []

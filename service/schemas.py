@@ -191,15 +191,17 @@ def json_body(properties: dict[str, Any], example: Any) -> dict[str, Any]:
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's description of the errors a route answers with."""
     titles = {
-        400: "malformed",
+        400: "malformed, sequence_not_found, sequence_expired",
         401: "unauthenticated",
         403: "forbidden",
         404: "model_not_found, session_not_found, session_expired",
         408: "deadline: waited too long, nothing changed",
-        409: "gap, answers_forgotten, taken_over",
+        409: "gap, answers_forgotten, taken_over, sequence_live",
         413: "too_large",
+        415: "unknown_encoding",
         422: "wrong_shape, not_finite, empty, diverged, layout_unknown, wrong_time, no_events",
         429: "too_many",
-        503: "overloaded, draining; with Retry-After",
+        501: "not_supported",
+        503: "overloaded, draining, model_not_ready; with Retry-After",
     }
     return {status: {"model": ErrorBody, "description": titles[status]} for status in (*statuses, 401)}

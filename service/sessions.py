@@ -20,7 +20,7 @@ from service.progress import Progress
 from service.resampler import Times
 
 Floats = npt.NDArray[np.float32]
-Cause = Literal["closed", "expired", "drained", "deleted"]
+Cause = Literal["closed", "expired", "drained", "deleted", "restarted", "failed"]  # failed: what would have been its first frames
 
 KEPT_FRAMES = 64
 KEPT_BYTES = 256 * 1024
@@ -140,8 +140,8 @@ class Owner(Protocol):
 class Session:
     """One stream. Whoever changes it holds `turn`, so that its messages take effect one after another."""
 
-    def __init__(self, model: str, version: str, row: int, classes: int, options: Options, progress: Progress) -> None:
-        self.id = secrets.token_urlsafe(_ID_BYTES)
+    def __init__(self, model: str, version: str, row: int, classes: int, options: Options, progress: Progress, session_id: str | None = None) -> None:
+        self.id = session_id or secrets.token_urlsafe(_ID_BYTES)
         self.model = model
         self.version = version
         self.row = row
@@ -183,6 +183,11 @@ class Session:
             raise self.gap(f"a reset takes place at the next frame, {self.next_frame}, not at {at}")
         news, self._reset_at = self._reset_at != at, at
         return news
+
+    def become(self, fresh: Session) -> None:
+        """Goes on under this id as a stream that has only just begun; the row of before is the caller's to give back."""
+        self.version, self.row, self.options, self.answers, self.progress = fresh.version, fresh.row, fresh.options, fresh.answers, fresh.progress
+        self.created, self._reset_at = fresh.created, 0
 
     def gap(self, why: str) -> Gap:
         return Gap(f"{why}; the session's next frame is {self.next_frame}", next_frame=self.next_frame)
@@ -229,6 +234,10 @@ class Sessions:
 
     def add(self, session: Session) -> None:
         self._live[session.id] = session
+        self._expired.pop(session.digest, None)  # an id that a client chose may come again
+
+    def get(self, session_id: str) -> Session | None:
+        return self._live.get(session_id)
 
     def find(self, session_id: str) -> Session:
         """The live session; raises `SessionNotFound`, or `SessionExpired` while that is remembered."""

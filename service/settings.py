@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     queue: int = Field(1024, ge=1, description="most messages waiting or running per model; beyond it 503 overloaded")
     deadline_s: Seconds = Field(10.0, gt=0, description="seconds a message may wait before it is answered 408 deadline")
     sessions: int = Field(10_000, ge=1, description="most live sessions; beyond it 429 too_many")
+    restart_sequences: bool = Field(
+        True, description="whether sequence_start of the Open Inference Protocol begins a sequence that is live anew; false: 409 sequence_live"
+    )
     idle_s: Seconds = Field(600.0, gt=0, description="seconds without a message after which a session expires")
     body_bytes: int = Field(64 * 2**20, ge=1024, description="largest body of a request")
     message_bytes: int = Field(2**20, ge=1024, description="largest websocket message")

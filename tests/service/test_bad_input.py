@@ -266,7 +266,7 @@ MISSING: list[tuple[str, Callable[[httpx.Client], httpx.Response], int, str]] = 
     ("session", lambda http: http.post("/v1/sessions/nothing/frames", json={"first": 0, "frames": [[0, 0, 0]]}), 404, "session_not_found"),
     ("session to close", lambda http: http.delete("/v1/sessions/nothing"), 404, "session_not_found"),
     ("session to reset", lambda http: http.post("/v1/sessions/nothing/reset", json={"at": 0}), 404, "session_not_found"),
-    ("path", lambda http: http.get("/v2"), 404, "not_found"),
+    ("path", lambda http: http.get("/v3"), 404, "not_found"),
     ("path with a slash too many", lambda http: http.get("/v1/models/"), 404, "not_found"),
     ("method", lambda http: http.put("/v1/models"), 405, "method_not_allowed"),
     ("layout", lambda http: http.post("/v1/models/skeleton/sessions?layout=lego"), 422, "layout_unknown"),

@@ -1,0 +1,343 @@
+"""The Open Inference Protocol, version 2, over HTTP: thin handlers between its tensors and the predictor.
+
+Bodies are read without regard to their content type, which its clients do not set; every error is JSON with `error`; success is always 200.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Request, Response
+
+from model.contract import FRAMES, LENGTHS, Manifest
+from service.bodies import read_body
+from service.compression import ENCODINGS, deflate, inflate
+from service.errors import Draining, Empty, Forbidden, Malformed, ModelNotFound, ModelNotReady, NotSupported, ServiceError, WrongShape
+from service.frames import Payload
+from service.gate import Gate
+from service.metadata import INPUTS, OUTPUTS, model_config, model_metadata, server_metadata
+from service.options import Options
+from service.predictor import Predictor
+from service.protocol import Answer, encode, read_object
+from service.runner import Runner
+from service.schemas import refusals
+from service.sequences import Sequences
+from service.settings import Settings
+from service.tensors import InferRequest, read_request, write_response
+
+router = APIRouter(tags=["open inference"])
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Tensor = npt.NDArray[Any]
+
+_CLIP = Options(scores="all", events=False)
+_LARGE = 2**20  # bytes; bodies above are read and written in a thread, so that the event loop goes on
+_LENGTH = "inference-header-content-length"
+_BODY = {"requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}}
+_INFER_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "required": ["inputs"]},
+                "example": {"inputs": [{"name": FRAMES, "shape": [1, 2, 3], "datatype": "FP32", "data": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}]},
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}, "example": "JSON, then the tensors it describes"},
+        },
+    }
+}
+
+
+def _of_model(method: str, path: str, summary: str, statuses: Sequence[int] = (404, 503), body: dict[str, Any] | None = None) -> Callable[[Handler], Handler]:
+    """Registers a handler for a model, and for one version of it."""
+
+    def register(handler: Handler) -> Handler:
+        for place, names in (("/v2/models/{name}", ("name",)), ("/v2/models/{name}/versions/{version}", ("name", "version"))):
+            parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+            router.add_api_route(
+                place + path,
+                handler,
+                methods=[method],
+                summary=summary,
+                response_model=None,
+                responses=refusals(*statuses),
+                openapi_extra={"parameters": parameters, **(body or {})},
+            )
+        return handler
+
+    return register
+
+
+# Health and metadata
+
+
+@router.get("/v2/", include_in_schema=False)
+@router.get("/v2", summary="What the server is")
+async def server(request: Request) -> Response:
+    return _json(server_metadata())
+
+
+@router.get("/v2/health/live", summary="Whether the process runs")
+async def live(request: Request) -> Response:
+    return _json({"live": True})
+
+
+@router.get("/v2/health/ready", summary="Whether work is accepted", responses=refusals(503))
+async def ready(request: Request) -> Response:
+    """As `/health/ready`: a model that could not be loaded does not stop the others; the repository index names it."""
+    _check_open(_predictor(request))
+    return _json({"ready": True})
+
+
+@router.get("/v2/models/stats", summary="Statistics of all models")
+async def all_statistics(request: Request) -> Response:
+    predictor = _predictor(request)
+    return _json({"model_stats": [_statistics(predictor.runner(entry.name, entry.version)) for entry in predictor.catalog]})
+
+
+@_of_model("GET", "/stats", "Statistics of a model")
+async def statistics(request: Request) -> Response:
+    """Counts and times since the model was loaded, of all its work, whatever protocol it came by; without a version, of each version."""
+    predictor, runner = _predictor(request), _runner(request)
+    versions = [runner.version] if "version" in request.path_params else predictor.catalog.versions(runner.name)
+    return _json({"model_stats": [_statistics(predictor.runner(runner.name, version)) for version in versions]})
+
+
+@_of_model("GET", "/ready", "Whether a model takes requests")
+async def model_ready(request: Request) -> Response:
+    runner = _runner(request)
+    _check_open(_predictor(request))
+    return _json({"name": runner.name, "ready": True})
+
+
+@_of_model("GET", "/config", "A model's configuration")
+async def config(request: Request) -> Response:
+    runner = _runner(request)
+    return _json(model_config(runner.name, runner.manifest, _settings(request)))
+
+
+@_of_model("GET", "", "A model's inputs and outputs")
+async def metadata(request: Request) -> Response:
+    """`lengths` (INT64, one for each clip) may be sent beside the input that is listed: how many frames of each are real."""
+    predictor, runner = _predictor(request), _runner(request)
+    versions = [runner.version] if "version" in request.path_params else predictor.catalog.versions(runner.name)
+    return _json(model_metadata(runner.name, versions, runner.manifest))
+
+
+# Inference
+
+
+@_of_model("POST", "/infer", "Clips, or the next frames of a sequence", (400, 404, 408, 409, 413, 415, 422, 429, 503), _INFER_BODY)
+async def infer(request: Request) -> Response:
+    """Without `sequence_id`: a batch of clips, each from the zero state. With it: frames of one stream, which is a session.
+
+    `sequence_step` is the number of the first frame, from 0: frames that were taken already are not run again, their kept answers are sent.
+    """
+    runner = _runner(request)  # an unknown model is said before a long body is read
+    asked, size = await _read(request)
+    frames = _clips(asked)
+    if asked.step is None:
+        version, parameters = runner.version, {}
+        answers = await _run_clips(_predictor(request), runner, frames, size, asked.wait_s)
+    else:
+        if len(frames) != 1:
+            raise Malformed(f"a sequence has batch size 1, got {len(frames)}")
+        _gate(request).check_origin(request.headers)  # the id may be guessed, by any page that the user has open
+        payload = Payload("array", frames[0], size)
+        sequences: Sequences = request.app.state.sequences
+        session, answer = await sequences.step(runner.name, request.path_params.get("version"), asked.step, payload, len(frames[0]), asked.wait_s)
+        version, answers = session.version, [answer]
+        parameters = {"sequence_id": asked.step.sequence, "sequence_step": answer.first + answer.count}
+    steps = asked.inputs[FRAMES].shape[1]
+    outputs = [_best(answers, wanted.classes) if wanted.classes else _scores(answers, steps) for wanted in asked.outputs]
+    return await _write(request, *write_response(asked, runner.name, version, parameters, outputs))
+
+
+async def _read(request: Request) -> tuple[InferRequest, int]:
+    """The request, and how many bytes it had."""
+    limit = _settings(request).body_bytes
+    encoding, length = request.headers.get("content-encoding", ""), request.headers.get(_LENGTH)
+    body = await read_body(request, limit)
+
+    def read() -> tuple[InferRequest, int]:
+        plain = inflate(body, encoding, limit)
+        return read_request(plain, length, INPUTS, OUTPUTS), len(plain)
+
+    return read() if len(body) <= _LARGE and not encoding else await asyncio.to_thread(read)
+
+
+async def _write(request: Request, body: bytes, length: int | None) -> Response:
+    """Compressed only where just one encoding is asked for: some clients name what they cannot read."""
+    headers = {} if length is None else {_LENGTH: str(length)}
+    encoding = request.headers.get("accept-encoding", "")
+    if encoding in ENCODINGS:
+        body = await asyncio.to_thread(deflate, body, encoding) if len(body) > _LARGE else deflate(body, encoding)
+        headers |= {"content-encoding": encoding, "vary": "accept-encoding"}
+    return Response(body, 200, headers, "application/json" if length is None else "application/octet-stream")
+
+
+def _clips(asked: InferRequest) -> list[Tensor]:
+    """Each clip's real frames, (count, ...)."""
+    frames, lengths = asked.inputs.get(FRAMES), asked.inputs.get(LENGTHS)
+    if frames is None:
+        raise Malformed(f"input {FRAMES} is missing")
+    if frames.ndim < 3:
+        raise WrongShape(f"expected {FRAMES} of shape (batch, time, *frame shape), got {list(frames.shape)}")
+    if not len(frames):
+        raise Empty(f"no clips: the batch axis of {FRAMES} has size 0")
+    if lengths is None:
+        return list(frames)
+    if lengths.shape != frames.shape[:1]:
+        raise WrongShape(f"{LENGTHS} must have one number for each clip, shape [{len(frames)}], got {list(lengths.shape)}")
+    if not ((lengths >= 0) & (lengths <= frames.shape[1])).all():
+        raise Malformed(f"{LENGTHS} must be from 0 to {frames.shape[1]}, the time axis of {FRAMES}, got {lengths.tolist()!r:.60}")
+    return [clip[:length] for clip, length in zip(frames, lengths.tolist(), strict=True)]
+
+
+async def _run_clips(predictor: Predictor, runner: Runner, clips: list[Tensor], size: int, wait_s: float | None) -> list[Answer]:
+    """Some at a time: a long list does not fill the model's queue, where others wait too."""
+
+    async def run(number: int, clip: Tensor) -> Answer:
+        try:
+            return await predictor.predict(runner.name, runner.version, Payload("array", clip, size // len(clips)), _CLIP, wait_s)
+        except ServiceError as error:
+            raise error if len(clips) == 1 else type(error)(f"clip {number}: {error.message}", **error.facts) from None
+
+    if len(clips) == 1:
+        return [await run(0, clips[0])]
+    answers: list[Answer] = []
+    for first in range(0, len(clips), runner.most_rows):
+        some = enumerate(clips[first : first + runner.most_rows], first)
+        for answer in await asyncio.gather(*(run(number, clip) for number, clip in some), return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
+            answers.append(answer)
+    return answers
+
+
+def _scores(answers: Sequence[Answer], steps: int) -> Tensor:
+    """(batch, steps, classes); zeros beyond a clip's length."""
+    if len(answers) == 1 and len(answers[0].scores) == steps:
+        return answers[0].scores[None]
+    scores = np.zeros((len(answers), steps, answers[0].scores.shape[1]), np.float32)
+    for i, answer in enumerate(answers):
+        scores[i, : len(answer.scores)] = answer.scores
+    return scores
+
+
+def _best(answers: Sequence[Answer], count: int) -> Tensor:
+    """The classification extension: (batch, count) of `score:index:label` as bytes, the best classes of each last frame first."""
+    manifest = answers[0].manifest
+    return np.array([[_spoken(manifest, answer.scores[-1], i) for i in np.argsort(-answer.scores[-1], kind="stable")[:count]] for answer in answers], object)
+
+
+def _spoken(manifest: Manifest, scores: Tensor, index: int) -> bytes:
+    label = f":{manifest.classes[index]}" if manifest.task == "classification" else ""
+    return f"{scores[index]:f}:{index}{label}".encode()
+
+
+# The model repository
+
+
+@router.post("/v2/repository/index", summary="All models with their state", responses=refusals(400), openapi_extra=_BODY)
+async def index(request: Request) -> Response:
+    fields = await _read_fields(request)
+    only_ready = fields.get("ready", False)
+    if not isinstance(only_ready, bool):
+        raise Malformed(f"ready must be true or false, got {only_ready!r:.60}")
+    predictor = _predictor(request)
+    state, reason = ("UNAVAILABLE", "the service is shutting down") if predictor.draining else ("READY", "")
+    listed = [{"name": entry.name, "version": entry.version, "state": state, "reason": reason} for entry in predictor.catalog]
+    for failure in predictor.catalog.failures:
+        version = {"version": failure.version} if failure.version else {}
+        listed.append({"name": failure.name, **version, "state": "UNAVAILABLE", "reason": failure.reason})
+    return _json([one for one in listed if one["state"] == "READY" or not only_ready])
+
+
+@router.post("/v2/repository/models/{name}/load", summary="Load a model (management)", responses=refusals(400, 403, 501), openapi_extra=_BODY)
+async def load(request: Request, name: str) -> Response:
+    """Not offered yet: models are loaded when the service starts."""
+    parameters = await _read_management(request)
+    if any(one.startswith("file:") for one in parameters):
+        raise Forbidden("model files are not taken over the network: put them into the models directory")
+    raise NotSupported(f"model {name!r:.140} cannot be loaded while the service runs: put it into the models directory and start the service again")
+
+
+@router.post("/v2/repository/models/{name}/unload", summary="Unload a model (management)", responses=refusals(400, 403, 501), openapi_extra=_BODY)
+async def unload(request: Request, name: str) -> Response:
+    """Not offered yet: models are loaded when the service starts."""
+    await _read_management(request)
+    raise NotSupported(f"model {name!r:.140} cannot be unloaded while the service runs: take it out of the models directory and start the service again")
+
+
+# What belongs to the protocol's family and is not offered
+
+
+async def not_supported(request: Request) -> Response:
+    raise NotSupported(f"{request.url.path[:140]} is not supported")
+
+
+for _path in ("systemsharedmemory/{rest:path}", "cudasharedmemory/{rest:path}", "trace/setting", "logging", "models/{name}/trace/setting"):
+    router.add_api_route(f"/v2/{_path}", not_supported, methods=["GET", "POST"], include_in_schema=False)
+for _path in ("generate", "generate_stream"):
+    router.add_api_route(f"/v2/models/{{name}}/{_path}", not_supported, methods=["POST"], include_in_schema=False)
+    router.add_api_route(f"/v2/models/{{name}}/versions/{{version}}/{_path}", not_supported, methods=["POST"], include_in_schema=False)
+
+
+async def _read_fields(request: Request) -> dict[str, Any]:
+    """A small JSON object; an empty body is `{}`."""
+    body = await read_body(request, _settings(request).body_bytes)
+    return read_object(body) if body.strip() else {}
+
+
+async def _read_management(request: Request) -> dict[str, Any]:
+    """The parameters of a call that needs the management token."""
+    _gate(request).check_management(request.headers)
+    parameters = (await _read_fields(request)).get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise Malformed(f"parameters must be an object, got {parameters!r:.60}")
+    return parameters
+
+
+def _statistics(runner: Runner) -> dict[str, Any]:
+    return {"name": runner.name, "version": runner.version, **runner.statistics.to_dict()}
+
+
+def _runner(request: Request) -> Runner:
+    """The model that the path names. Raises `ModelNotFound`, or `ModelNotReady` where its file is there but cannot be served."""
+    predictor, name, version = _predictor(request), request.path_params["name"], request.path_params.get("version")
+    try:
+        return predictor.runner(name, version)
+    except ModelNotFound as error:
+        if any(failure.name == name and version in (None, failure.version) for failure in predictor.catalog.failures):
+            raise ModelNotReady(error.message) from None
+        spoken = f"{name!r:.140}" if version is None else f"{name!r:.140} version {version!r:.140}"
+        raise ModelNotFound(f"Request for unknown model: {spoken} is not found", **error.facts) from None
+
+
+def _check_open(predictor: Predictor) -> None:
+    if predictor.draining:
+        raise Draining("the service is shutting down", retry_after=5)
+
+
+def _json(value: Any) -> Response:
+    return Response(encode(value), media_type="application/json")
+
+
+def _predictor(request: Request) -> Predictor:
+    predictor: Predictor = request.app.state.predictor
+    return predictor
+
+
+def _gate(request: Request) -> Gate:
+    gate: Gate = request.app.state.gate
+    return gate
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings

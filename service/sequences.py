@@ -1,0 +1,106 @@
+"""Sequences of the Open Inference Protocol are sessions whose id the client chose.
+
+A sequence belongs to one model; 7 and "7" are different ones. The string may also be the id of a session that was opened otherwise. The other way
+round, `session_id` is what a sequence is called wherever a session is named.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from service.errors import SequenceExpired, SequenceLive, SequenceNotFound, SessionExpired, SessionNotFound
+from service.frames import Payload
+from service.options import Options
+from service.predictor import Predictor
+from service.protocol import Answer
+from service.sessions import Session
+from service.tensors import Step
+
+log = structlog.get_logger("sequences")
+
+_OPTIONS = Options(scores="all", events=False)  # this protocol's answers are all scores and nothing else
+
+
+def session_id(model: str, sequence: int | str) -> str:
+    """No other session has such an id: those that the service chooses have no colon."""
+    return f"{model}:{'string' if isinstance(sequence, str) else 'uint64'}:{sequence}"
+
+
+class Sequences:
+    """Steps of sequences. `restarts`: whether starting one that is under way begins it anew, as Triton does, or is refused."""
+
+    def __init__(self, predictor: Predictor, restarts: bool) -> None:
+        self._predictor = predictor
+        self._restarts = restarts
+
+    async def step(self, model: str, version: str | None, step: Step, payload: Payload, count: int, wait_s: float | None) -> tuple[Session, Answer]:
+        """Takes `count` frames; a step that fails changes nothing. Steps of one sequence run in the order in which they come here.
+
+        Raises `SequenceNotFound`, `SequenceExpired`, `SequenceLive` or what `Predictor.advance` raises.
+        """
+        deadline = self._predictor.deadline(wait_s)
+        while True:
+            session, opened = self._find(model, version, step)
+            try:
+                async with self._predictor.turn(session, deadline):
+                    return session, await self._run(session, version, step, payload, count, deadline)
+            except SessionNotFound:  # it ended while this step waited for its turn; perhaps another has started it again since
+                continue
+            finally:
+                if opened and not session.next_frame and session.ended is None:  # before anyone who waits for its turn can have it
+                    self._predictor.end(session, "failed")
+
+    def _find(self, model: str, version: str | None, step: Step) -> tuple[Session, bool]:
+        """The session, and whether it was opened just now."""
+        session = self._live(model, step.sequence)
+        if session is None:
+            if not step.start:
+                raise self._absent(model, step.sequence)
+            return self._predictor.open(model, version, _OPTIONS, session_id(model, step.sequence)), True
+        if not step.start and version not in (None, session.version):
+            raise SequenceNotFound(f"{_must_start(model, step.sequence)}; it is under way on version {session.version}", version=session.version)
+        return session, False
+
+    def _live(self, model: str, sequence: int | str) -> Session | None:
+        session = self._predictor.sessions.get(session_id(model, sequence))
+        if session is None and isinstance(sequence, str):
+            session = self._predictor.sessions.get(sequence)
+            return session if session is not None and session.model == model else None
+        return session
+
+    async def _run(self, session: Session, version: str | None, step: Step, payload: Payload, count: int, deadline: float) -> Answer:
+        predictor, before, row = self._predictor, session.next_frame, session.row
+        answer: Answer | None = None
+        try:
+            if step.start and before:
+                answer = await self._restart(session, version, step, payload, count, deadline)
+            else:
+                answer = await predictor.take(session, before if step.first is None else step.first, count, payload, _OPTIONS, deadline)
+            return answer
+        finally:  # a caller who leaves when the frames have run has had this step all the same
+            if step.end and (answer is not None or session.next_frame != before or session.row != row):
+                predictor.end(session, "closed")
+
+    async def _restart(self, session: Session, version: str | None, step: Step, payload: Payload, count: int, deadline: float) -> Answer:
+        if not self._restarts:
+            raise SequenceLive(f"sequence {step.sequence} of model {session.model!r} is under way; end it before it is started again")
+        options = _OPTIONS
+        if session.id != session_id(session.model, step.sequence):  # a session that was opened otherwise keeps what it was opened with
+            options, version = session.options, version or session.version
+        answer = await self._predictor.restart(session, version, options, step.first or 0, count, payload, _OPTIONS, deadline)
+        log.info("sequence restarted", session=session.digest, model=session.model)
+        return answer
+
+    def _absent(self, model: str, sequence: int | str) -> SequenceNotFound:
+        for name in (session_id(model, sequence), sequence):
+            try:
+                self._predictor.sessions.find(str(name))
+            except SessionExpired:
+                return SequenceExpired(f"{_must_start(model, sequence)}; it has expired")
+            except SessionNotFound:
+                continue
+        return SequenceNotFound(_must_start(model, sequence))
+
+
+def _must_start(model: str, sequence: int | str) -> str:
+    return f"inference request for sequence {sequence} to model {model!r} must specify the START flag on the first request of the sequence"
