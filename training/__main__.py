@@ -27,7 +27,6 @@ from training.config import Config, ConfigError, load
 from training.datasets import clip_folder
 from training.datasets.clips import DataError
 from training.distributed import Group, ProcessLost, choose_device, joined
-from training.evaluate import Evaluation
 from training.evaluate import evaluate as run_clips
 from training.loop import METRICS, TrainingDiverged
 from training.loop import Progress as Standing
@@ -75,7 +74,7 @@ def train(
     if not group.first:
         return
     if len(runs) > 1 and splits.validation is not None:
-        accuracies = {str(folder): result.accuracy for folder, result in zip(folders, results, strict=True) if result}
+        accuracies = {str(folder): result for folder, result in zip(folders, results, strict=True) if result is not None}
         Console().print(runs_table(list(accuracies), {"right %": list(accuracies.values())}, f"{settings.name}, validation"))
     _say(f"next: {_python()} -m training evaluate {' '.join(map(str, folders))}   or   {_python()} -m training export {folders[0]}")
 
@@ -100,7 +99,7 @@ def crossvalidate(
         results = [_fit(run, splits, folder, resume, group) for run, splits, folder in zip(runs, divided, folders, strict=True)]
     if not group.first:
         return
-    best = {str(folder): result.accuracy for folder, result in zip(folders, results, strict=True) if result}
+    best = {str(folder): result for folder, result in zip(folders, results, strict=True) if result is not None}
     last = [json.loads((folder / METRICS).read_text().splitlines()[-1])["validation_accuracy"] for folder in folders]
     mean, deviation = mean_and_deviation(last)
     value = {"folds": folds, "by": by, "clips": [len(one.named("validation")) for one in divided]}
@@ -221,9 +220,12 @@ def _look_for_runs(folders: list[Path], resume: bool) -> None:
             raise FileExistsError(f"{folder} holds a run: go on with --resume, or choose another --out, or delete it")
 
 
-def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Group) -> Evaluation | None:
-    """One run; what it came to on the validation part, for the first process, where there is one."""
-    check(settings, splits.training, splits.validation, group.device, group.size)
+def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Group) -> float | None:
+    """One run; the best validation accuracy, by which its epoch was chosen, for the first process, where there is a validation part."""
+    on_streams = settings.streams is not None
+    training = splits.whole("training") if on_streams else splits.training
+    validation = splits.whole("validation") if on_streams and splits.validation is not None else splits.validation
+    check(settings, training, validation, group.device, group.size)
     if splits.test is not None:  # it is not run, but would not be found faulty before training is done
         check_values(settings, splits.test, "test")
     if group.first:
@@ -234,7 +236,7 @@ def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Gr
     started = group.from_first(resume and (folder / checkpoints.LAST).exists())
     try:
         with _watching(folder) if group.first else nullcontext(lambda _: None) as watch:
-            chosen = fit(settings, splits.training, splits.validation, folder, resume=started, watch=watch, group=group)
+            chosen = fit(settings, training, validation, folder, resume=started, watch=watch, group=group)
     except KeyboardInterrupt:
         if (folder / checkpoints.LAST).exists():
             command = "the same torchrun command" if group.size > 1 else f"{_python()} -m training {' '.join(sys.argv[1:3])}"
@@ -247,10 +249,13 @@ def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Gr
             draw_curves(folder / METRICS, folder / "curves.png")
     if splits.validation is None or not group.first:
         return None
-    result = run_clips(checkpoints.load(chosen).network(), splits.validation)
-    draw_confusion(result, splits.validation.classes, folder / "confusion.png")
-    Console().print(recall_table(result, splits.validation.classes, f"{settings.name}, validation"))
-    return result
+    found = checkpoints.load(chosen)
+    result = run_clips(found.network(), splits.validation)
+    draw_confusion(result, found.subject.classes, folder / "confusion.png")
+    Console().print(recall_table(result, found.subject.classes, f"{settings.name}, validation" + (", clip by clip" if on_streams else "")))
+    if on_streams:
+        _say(f"validation streams, left running: {100 * found.best:.1f} % of the actions are right; epoch {found.epoch} is the best")
+    return found.best
 
 
 def _evaluate(run: Path, found: checkpoints.Checkpoint, part: str, data: str, alone: bool) -> None:
@@ -267,7 +272,7 @@ def _evaluate(run: Path, found: checkpoints.Checkpoint, part: str, data: str, al
     check_values(found.config, clips, part)
     device = choose_device(replace(found.config.train, device="cpu" if found.config.train.device == "cpu" else "auto"))
     result = replace(run_clips(found.network().to(device), clips), copied=splits.copies(part) if part != "training" else None)
-    draw_confusion(result, clips.classes, run / f"confusion-{part}.png")
+    draw_confusion(result, found.subject.classes, run / f"confusion-{part}.png")
     scores.save(result, run / f"{part}.npz")
     value = {"split": part, "clips": len(clips), "accuracy": result.accuracy, "frame_accuracy": result.frame_accuracy, "loss": result.loss}
     if result.copies:
@@ -275,7 +280,7 @@ def _evaluate(run: Path, found: checkpoints.Checkpoint, part: str, data: str, al
         others = f"of the other {len(clips) - result.copies}, {100 * result.accuracy_without_copies:.1f} % are right"
         _say(f"{result.copies} of the {part} clips are training clips as well, number for number; {others}")
     kept.write_text(json.dumps(value | {"seed": found.config.seed, "epoch": found.epoch, "chosen": describe(found.config)}, indent=1) + "\n")
-    Console().print(recall_table(result, clips.classes, f"{found.config.name}, {part}, seed {found.config.seed}"))
+    Console().print(recall_table(result, found.subject.classes, f"{found.config.name}, {part}, seed {found.config.seed}"))
 
 
 def _seeds(text: str) -> list[int]:

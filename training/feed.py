@@ -14,11 +14,11 @@ from training.batches import Batch, Weighting, collate, epoch_batches, stream_ba
 from training.checkpoint import Subject
 from training.config import Config, StreamConfig
 from training.datasets.clips import ClipSet, Frames
-from training.datasets.recordings import Recordings
 from training.distributed import Group
 from training.evaluate import evaluate, evaluate_streams
 from training.loss import class_weights
-from training.streams import Stream, Streams, cut
+from training.splits import Data, cut
+from training.streams import Stream, Streams
 
 VALIDATION_SEED = 20190910  # of validation streams: the same for every seed of training, so that runs are compared on the same streams
 
@@ -44,7 +44,7 @@ class Feed(Protocol):
         """Figures on the validation part, `validation_loss` and `validation_accuracy`, by which is chosen, among them; None where there is none."""
 
 
-def feed(config: Config, training: ClipSet | Recordings, validation: ClipSet | Recordings | None) -> Feed:
+def feed(config: Config, training: Data, validation: Data | None) -> Feed:
     """What the configuration asks for. Without a `streams` section recordings are cut into clips."""
     if config.streams is not None:
         return StreamFeed(config, config.streams, training, validation)
@@ -87,7 +87,7 @@ class StreamFeed:
 
     carries = True
 
-    def __init__(self, config: Config, streams: StreamConfig, training: ClipSet | Recordings, validation: ClipSet | Recordings | None) -> None:
+    def __init__(self, config: Config, streams: StreamConfig, training: Data, validation: Data | None) -> None:
         self.config = config
         self.training = Streams(training, streams, Augment(config.augment, training.layout))
         self.subject = Subject.of(self.training.clips, streams)

@@ -24,8 +24,6 @@ from model.network import Network
 from training.batches import Batch
 from training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, build, load, save
 from training.config import Config, TrainConfig
-from training.datasets.clips import ClipSet
-from training.datasets.recordings import Recordings
 from training.distributed import Group, choose_device
 from training.feed import Feed, feed
 from training.loss import sequence_loss
@@ -33,6 +31,7 @@ from training.memory import BATCHES_AHEAD
 from training.prefetch import Prefetch
 from training.preflight import check
 from training.schedule import Schedule
+from training.splits import Data
 
 METRICS = "metrics.jsonl"
 
@@ -56,8 +55,8 @@ class TrainingDiverged(RuntimeError):
 
 def train(
     config: Config,
-    training: ClipSet | Recordings,
-    validation: ClipSet | Recordings | None,
+    training: Data,
+    validation: Data | None,
     folder: Path,
     *,
     resume: bool = False,

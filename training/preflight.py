@@ -12,10 +12,11 @@ from training.checkpoint import Subject
 from training.config import Config, ConfigError, StreamConfig
 from training.datasets.clips import ClipSet, DataError
 from training.datasets.recordings import Recordings
-from training.streams import Streams, cut
+from training.splits import Data, cut
+from training.streams import Streams
 
 
-def check(config: Config, training: ClipSet | Recordings, validation: ClipSet | Recordings | None, device: torch.device, processes: int = 1) -> None:
+def check(config: Config, training: Data, validation: Data | None, device: torch.device, processes: int = 1) -> None:
     """Raises `DataError` or `ConfigError`, naming what to mend, for values, classes, shapes or sizes that training cannot take.
 
     Shapes of clips and the range of labels were looked at when the clips were read (`ClipSet`, `Recordings`).
@@ -41,7 +42,7 @@ def check(config: Config, training: ClipSet | Recordings, validation: ClipSet | 
     memory.check(config, Subject.of(clips, config.streams), longest, device, processes)
 
 
-def check_streams(config: StreamConfig, training: ClipSet | Recordings, validation: ClipSet | Recordings | None) -> None:
+def check_streams(config: StreamConfig, training: Data, validation: Data | None) -> None:
     """Raises `DataError` or `ConfigError` where no streams can be made of these clips or recordings."""
     for data in (training, validation):
         if data is None:
@@ -52,7 +53,7 @@ def check_streams(config: StreamConfig, training: ClipSet | Recordings, validati
             raise DataError(f"{data.source.name}: no two training clips have the same {together}, so none can follow another: name fewer streams.together")
 
 
-def check_values(config: Config, data: ClipSet | Recordings, part: str) -> None:
+def check_values(config: Config, data: Data, part: str) -> None:
     """Raises `DataError` for infinities, `ConfigError` for missing values that the model has no place for."""
     kind = "recording" if isinstance(data, Recordings) else "clip"
     for i, frames in enumerate(data.frames):

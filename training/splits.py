@@ -6,7 +6,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,38 @@ from training.datasets.clips import ClipSet, DataError
 from training.datasets.recordings import Recordings
 from training.folds import group_folds, stratified_folds, stratified_share
 
+PARTS = ("training", "validation", "test")
 READERS = ("clip_folder", "finger_points", "nw_ucla", "recording_folder", "uea", "ui_prmd", "utkinect")
+
+
+Data = ClipSet | Recordings
 
 
 @dataclass(frozen=True)
 class Splits:
-    """`validation` is what choices are made on; None where the run is final and trains on it too. `test` may be absent."""
+    """`validation` is what choices are made on; None where the run is final and trains on it too. `test` may be absent.
+
+    `recordings` are those that the clips of each part were cut from: "training", "validation", "test", as far as there are any. It is empty
+    where the data are clips, and where clips of one recording are in several parts.
+    """
 
     training: ClipSet
     validation: ClipSet | None
     test: ClipSet | None
+    recordings: dict[str, Recordings] = field(default_factory=dict)
 
     def named(self, name: str) -> ClipSet:
         """ "training", "validation" or "test"; raises `DataError` when this run has no such part."""
-        if name not in ("training", "validation", "test"):
-            raise DataError(f"no split {name!r}; there are: training, validation, test")
+        if name not in PARTS:
+            raise DataError(f"no split {name!r}; there are: {', '.join(PARTS)}")
         clips: ClipSet | None = getattr(self, name)
         if clips is None:
             raise DataError(f"this run has no {name} split")
         return clips
+
+    def whole(self, name: str) -> Data:
+        """What streams of a part are made of: its recordings, or its clips where there are none."""
+        return self.recordings.get(name) or self.named(name)
 
     def copies(self, name: str) -> npt.NDArray[np.bool_]:
         """Which clips of this part are in the training clips as well, number for number, (N,).
@@ -50,22 +63,22 @@ class Splits:
 
 def load(config: Config) -> Splits:
     """Reads the data and divides it; raises `ConfigError` and `DataError` as `read` and `split` do."""
-    splits = split(config, read(config, config.data.options))
+    splits = split(config, read_data(config, config.data.options))
     if not config.data.evaluation_options:
         return splits
-    evaluation = split(config, read(config, config.data.options | config.data.evaluation_options))
+    evaluation = split(config, read_data(config, config.data.options | config.data.evaluation_options))
     if evaluation.training.classes != splits.training.classes or evaluation.training.frame_shape != splits.training.frame_shape:
         raise DataError(f"{splits.training.source.name}: with data.evaluation_options the clips have other classes or frames than the training clips")
-    return Splits(splits.training, evaluation.validation, evaluation.test)
+    recordings = {name: part.recordings[name] for name, part in zip(PARTS, (splits, evaluation, evaluation), strict=True) if name in part.recordings}
+    return Splits(splits.training, evaluation.validation, evaluation.test, recordings)
 
 
 def read(config: Config, options: dict[str, Any]) -> ClipSet:
     """All clips of the configuration's data set, of recordings their segments; raises as `read_data` does."""
-    found = read_data(config, options)
-    return found.clips() if isinstance(found, Recordings) else found
+    return cut(read_data(config, options))
 
 
-def read_data(config: Config, options: dict[str, Any]) -> ClipSet | Recordings:
+def read_data(config: Config, options: dict[str, Any]) -> Data:
     """The configuration's data set as its reader gives it; raises `ConfigError` for a wrong reader or option, `DataError` for faulty data."""
     data = config.data
     if data.reader not in READERS:
@@ -76,11 +89,11 @@ def read_data(config: Config, options: dict[str, Any]) -> ClipSet | Recordings:
     known = [name for name in inspect.signature(load_data).parameters if name != "path"]
     if unknown := sorted(set(options) - set(known)):
         raise ConfigError(f"data.options.{unknown[0]} is unknown to {data.reader}; there are: {', '.join(known) or 'none'}")
-    found: ClipSet | Recordings = load_data(Path(data.path), **_arguments(load_data, options, data.reader))
+    found: Data = load_data(Path(data.path), **_arguments(load_data, options, data.reader))
     return found
 
 
-def _arguments(load_data: Callable[..., ClipSet | Recordings], options: dict[str, Any], reader: str) -> dict[str, Any]:
+def _arguments(load_data: Callable[..., Data], options: dict[str, Any], reader: str) -> dict[str, Any]:
     """Options as the reader's own types: a TOML list becomes a tuple, a table a `DataSource`, a string a path where one is wanted."""
     required = [p.name for p in inspect.signature(load_data).parameters.values() if p.default is p.empty and p.name != "path"]
     if absent := [name for name in required if name not in options]:
@@ -96,33 +109,57 @@ def _arguments(load_data: Callable[..., ClipSet | Recordings], options: dict[str
     return arguments
 
 
-def split(config: Config, clips: ClipSet) -> Splits:
-    """Divides clips by the groups that the configuration names; raises `DataError` when a part would be empty."""
-    is_test = _matches(clips, config.data.test)
-    test = clips.take(np.flatnonzero(is_test)) if is_test.any() else None
+def split(config: Config, data: Data) -> Splits:
+    """Divides clips by the groups that the configuration names; recordings first, and then cut into clips, so that no recording is divided.
+
+    Raises `DataError` when a part would be empty, `ConfigError` where streams would be made of recordings that are divided.
+    """
+    by_class = not config.final and (config.data.validation_share > 0 or (config.data.folds > 0 and not config.data.fold_by))
+    if isinstance(data, Recordings) and by_class:  # every class alike: that can be done with clips alone
+        if config.streams is not None:
+            way = "data.validation_share" if config.data.validation_share else "data.folds"
+            raise ConfigError(f"{way} divides the clips of each recording, and streams are made of whole ones: name groups in data.validation, or data.fold_by")
+        data = data.clips()
+    chosen = _divide(config, data)
+    parts = {name: data.take(np.flatnonzero(rows)) for name, rows in chosen.items()}
+    clips = {name: cut(part) for name, part in parts.items()}
+    recordings = {name: part for name, part in parts.items() if isinstance(part, Recordings)}
+    return Splits(_complete(clips["training"]), clips.get("validation"), clips.get("test"), recordings)
+
+
+def _divide(config: Config, data: Data) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which clips or recordings make up each part that there is, (N,) bool."""
+    is_test, things = _matches(data, config.data.test), _things(data)
     if is_test.all():
-        raise DataError(f"{clips.source.name}: every clip is a test clip ({config.data.test}); nothing is left to train on")
-    rest = clips.take(np.flatnonzero(~is_test))
+        raise DataError(f"{data.source.name}: every {things} is a test {things} ({config.data.test}); nothing is left to train on")
+    parts = {"training": ~is_test} | ({"test": is_test} if is_test.any() else {})
     if config.final:
-        return Splits(_complete(rest), None, test)
-    held_out = _held_out(rest, config.data)
+        return parts
+    rest = np.flatnonzero(~is_test)
+    held_out = _held_out(data.take(rest), config.data)
     if not held_out.any() or held_out.all():
-        raise DataError(f"{clips.source.name}: data.validation {config.data.validation or ''} holds out {held_out.sum()} of {len(rest)} training clips")
-    return Splits(_complete(rest.take(np.flatnonzero(~held_out))), rest.take(np.flatnonzero(held_out)), test)
+        raise DataError(f"{data.source.name}: data.validation {config.data.validation or ''} holds out {held_out.sum()} of {len(rest)} training {things}s")
+    parts["training"], parts["validation"] = np.zeros((2, len(data)), bool)
+    parts["training"][rest[~held_out]] = parts["validation"][rest[held_out]] = True
+    return parts
 
 
-def _held_out(clips: ClipSet, data: DataConfig) -> npt.NDArray[np.bool_]:
-    """Which training clips are for validation, (N,) bool, by whichever way the configuration names."""
-    if data.validation:
-        return _matches(clips, data.validation)
-    if data.validation_share:
-        return stratified_share(clips.labels, data.validation_share)
-    if not data.fold_by:
-        return np.equal(stratified_folds(clips.labels, data.folds), data.fold)
+def _held_out(data: Data, by: DataConfig) -> npt.NDArray[np.bool_]:
+    """Which training clips or recordings are for validation, (N,) bool, by whichever way the configuration names."""
+    if by.validation:
+        return _matches(data, by.validation)
+    if isinstance(data, ClipSet) and by.validation_share:
+        return stratified_share(data.labels, by.validation_share)
+    if isinstance(data, ClipSet) and not by.fold_by:
+        return np.equal(stratified_folds(data.labels, by.folds), by.fold)
+    column = _column(data, by.fold_by)
     try:
-        return np.equal(group_folds(_column(clips, data.fold_by), data.folds), data.fold)
+        # Recordings count by the clips in them: the folds are those of the clips.
+        clips = np.repeat(column, [len(one) for one in data.segments]) if isinstance(data, Recordings) else column
+        fold_of = dict(zip(clips.tolist(), group_folds(clips, by.folds).tolist(), strict=True))
     except ValueError as error:
-        raise DataError(f"{clips.source.name}: {error}") from None
+        raise DataError(f"{data.source.name}: {error}") from None
+    return np.array([fold_of.get(value, 0) == by.fold for value in column.tolist()])
 
 
 def _complete(training: ClipSet) -> ClipSet:
@@ -147,18 +184,28 @@ def describe(config: Config) -> str:
     return f"epoch and configuration chosen on {held_out} of the training data, held out"
 
 
-def _matches(clips: ClipSet, wanted: dict[str, list[str]]) -> np.ndarray:
-    """Which clips have one of the values wanted in every group named; none where no group is named."""
-    chosen = np.full(len(clips), bool(wanted))
+def cut(data: Data) -> ClipSet:
+    """The clips, of recordings those cut from them."""
+    return data.clips() if isinstance(data, Recordings) else data
+
+
+def _matches(data: Data, wanted: dict[str, list[str]]) -> npt.NDArray[np.bool_]:
+    """Which clips or recordings have one of the values wanted in every group named; none where no group is named."""
+    chosen = np.full(len(data), bool(wanted))
     for group, values in wanted.items():
-        column = _column(clips, group)
+        column = _column(data, group)
         if strange := sorted(set(values) - set(column.tolist())):
-            raise DataError(f"{clips.source.name}: no clip has {group} {strange[0]!r}; there are: {', '.join(sorted(set(column.tolist())))}")
+            there = ", ".join(sorted(set(column.tolist())))
+            raise DataError(f"{data.source.name}: no {_things(data)} has {group} {strange[0]!r}; there are: {there}")
         chosen &= np.isin(column, values)
     return chosen
 
 
-def _column(clips: ClipSet, group: str) -> np.ndarray:
-    if group not in clips.groups:
-        raise DataError(f"{clips.source.name}: no group {group!r}; there are: {', '.join(clips.groups) or 'none'}")
-    return clips.groups[group]
+def _column(data: Data, group: str) -> npt.NDArray[np.str_]:
+    if group not in data.groups:
+        raise DataError(f"{data.source.name}: no group {group!r}; there are: {', '.join(data.groups) or 'none'}")
+    return data.groups[group]
+
+
+def _things(data: Data) -> str:
+    return "recording" if isinstance(data, Recordings) else "clip"

@@ -20,6 +20,7 @@ from training.augment import Augment, Change, middle, resample
 from training.config import ConfigError, StreamConfig
 from training.datasets.clips import ClipSet, DataError, Frames
 from training.datasets.recordings import Recordings, Segments
+from training.splits import Data, cut
 
 Form = Literal["cuts", "smooth", "whole"]
 Indices = npt.NDArray[np.int64]
@@ -71,7 +72,7 @@ class Streams:
     `augment` clips are as they were recorded. Raises `ConfigError` or `DataError`, naming what to mend, where data and configuration do not go together.
     """
 
-    def __init__(self, data: ClipSet | Recordings, config: StreamConfig, augment: Augment | None = None) -> None:
+    def __init__(self, data: Data, config: StreamConfig, augment: Augment | None = None) -> None:
         self.config, self.augment = config, augment
         self.recordings = data if isinstance(data, Recordings) else None
         self.clips = cut(data)
@@ -233,11 +234,6 @@ class Streams:
         squares = ((pose - pose[self.root].mean(0)) ** 2).sum(-1)
         seen = squares[~np.isnan(squares)]
         return float(np.sqrt(seen.mean())) if len(seen) else 0.0
-
-
-def cut(data: ClipSet | Recordings) -> ClipSet:
-    """The clips, of recordings those cut from them."""
-    return data.clips() if isinstance(data, Recordings) else data
 
 
 def classes_of(clips: ClipSet, config: StreamConfig | None) -> tuple[str, ...]:

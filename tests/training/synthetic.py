@@ -1,5 +1,6 @@
 """Clips that can be learnt in seconds, and configurations small enough for it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import tomli_w
 from model.contract import DataSource
 from training.config import Config, from_dict
 from training.datasets.clips import ClipSet, Frames
+from training.datasets.recordings import Recordings
 
 CLASSES = ("rising", "falling", "waving")
 SOURCE = DataSource(name="synthetic", terms="public domain", citation="none")
@@ -34,6 +36,32 @@ def _clip(label: int, steps: int, rng: np.random.Generator, joints: int) -> Fram
         clip = np.repeat((body + rng.normal(0, 0.5, 3))[None], steps, 0) + rng.normal(0, 0.02, (steps, joints, 3))
         clip[:, joints // 2 :, 1] += path[:, None]
     return clip.astype(np.float32)
+
+
+def cued_clips(count: int = 120, *, seed: int = 0) -> ClipSet:
+    """What an action is shows in its first four frames alone, so that a network must remember it, and forget the one before; groups as above."""
+    rng, labels = np.random.default_rng(seed), np.arange(count) % 3
+    frames = [rng.normal(0, 0.15, (int(rng.integers(14, 24)), 2)).astype(np.float32) for _ in labels]
+    for clip, label in zip(frames, labels, strict=True):
+        clip[:4] += np.array([(1, 0), (0, 1), (1, 1)], np.float32)[label]
+    return replace(clip_set(count), frames=tuple(frames), classes=("left", "right", "both"))
+
+
+def recording_set(count: int = 8, *, actions: int = 5, seed: int = 0) -> Recordings:
+    """Recordings of two channels, the first of which is the class of the frame: actions with "nothing" before, between and after most of them."""
+    rng, frames, segments = np.random.default_rng(seed), [], []
+    for _ in range(count):
+        lengths, gaps = rng.integers(4, 12, actions), rng.integers(0, 9, actions + 1)
+        ends = np.cumsum(lengths + gaps[:-1])
+        rows = np.column_stack([ends - lengths, ends, rng.permutation(actions) % len(CLASSES)])
+        recording = np.stack([np.full(ends[-1] + gaps[-1], len(CLASSES)), np.arange(ends[-1] + gaps[-1])], 1).astype(np.float32)
+        for first, end, label in rows:
+            recording[first:end, 0] = label
+        frames.append(recording)
+        segments.append(rows.astype(np.int64))
+    subjects = np.array(["abcd"[i % 4] for i in range(count)])
+    groups = {"subject": subjects, "split": np.where(subjects == "d", "test", "train"), "recording": np.arange(count).astype(np.str_)}
+    return Recordings(tuple(frames), tuple(segments), (*CLASSES, "nothing"), "nothing", groups, 30.0, "metres", SOURCE)
 
 
 def settings(**sections: dict[str, Any] | Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Batches: every clip as often as it is due, padded with zeros, the same from the same generator."""
 
+import itertools
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from hypothesis import strategies as st
 
 from tests.training.synthetic import SOURCE, clip_set
 from training.augment import Augment
-from training.batches import collate, epoch_batches, evaluation_batches, training_batches
-from training.config import AugmentConfig
+from training.batches import Weighting, collate, epoch_batches, evaluation_batches, stream_batches, training_batches
+from training.config import AugmentConfig, StreamConfig
 from training.datasets.clips import ClipSet
+from training.streams import NO_CLASS, Streams
 
 NOTHING = Augment(AugmentConfig(), None)
 
@@ -101,3 +104,54 @@ def test_evaluation_takes_every_clip_once_and_whole(size: int) -> None:
             assert np.array_equal(row[:n], clips.frames[i])
     assert sorted(seen) == [0, 1, 2, 3, 4]
     assert seen[0] in (1, 3)
+
+
+def made(**changes: Any) -> Streams:
+    return Streams(clip_set(40), StreamConfig(steps=5, frames=30, **changes), Augment(AugmentConfig(noise=0.1, speed=1.2), None))
+
+
+def test_each_row_of_a_batch_goes_on_where_it_was() -> None:
+    streams = made()
+    batches = list(stream_batches(streams, 3, (7, 1), Weighting()))
+    assert [batch.frames.shape for batch in batches] == [(3, 30, 2)] * 5
+    assert all(batch.lengths.tolist() == [30] * 3 for batch in batches)
+    for row in range(3):
+        pieces = list(itertools.islice(streams.pieces(np.random.default_rng((7, 1, row))), 30))
+        frames, labels = np.concatenate([piece.frames for piece in pieces]), np.concatenate([piece.labels for piece in pieces])
+        assert np.array_equal(np.concatenate([batch.frames[row] for batch in batches]), frames[:150])
+        assert np.array_equal(np.concatenate([batch.labels[row] for batch in batches]), labels[:150])
+    assert all(batch.judged.all() for batch in batches)
+
+
+def test_what_comes_in_a_stream_depends_on_no_other() -> None:
+    few, many = (list(stream_batches(made(), size, (2,), Weighting())) for size in (2, 5))
+    assert all(np.array_equal(a.frames, b.frames[:2]) for a, b in zip(few, many, strict=True))
+
+
+@pytest.mark.parametrize("nothing", [0.0, 0.3, 1.0])
+def test_steps_of_a_stream_count_by_their_place_in_an_action_and_in_all_one(nothing: float) -> None:
+    classes = np.array([1.0, 2.0, 3.0])
+    streams = made(cuts=0.0)
+    batches = list(stream_batches(streams, 2, (3,), Weighting(early=0.2, classes=classes, nothing=nothing)))
+    assert all(float(batch.weights.sum()) == pytest.approx(1) for batch in batches)
+    for row in range(2):
+        expected: list[float] = []
+        for piece in itertools.islice(streams.pieces(np.random.default_rng((3, row))), 30):
+            (start, end, label), weights = piece.segments[0], np.full(len(piece.frames), nothing)
+            weights[start:end] = classes[label] * np.linspace(0.2, 1, end - start)
+            expected += weights.tolist()
+        for i, batch in enumerate(batches):
+            share = batch.weights[row].numpy() / max(1e-9, float(batch.weights[row, -1]))
+            here = np.array(expected[30 * i : 30 * i + 30])
+            if here[-1] > 0:
+                np.testing.assert_allclose(share, here / here[-1], rtol=1e-4)
+
+
+def test_frames_of_no_class_weigh_nothing_and_are_not_judged() -> None:
+    found = 0
+    for batch in stream_batches(made(nothing="", cuts=0.0), 4, (0,), Weighting()):
+        outside = batch.labels == NO_CLASS
+        found += int(outside.sum())
+        assert not batch.weights[outside].any()
+        assert torch.equal(batch.judged, ~outside)
+    assert found > 50

@@ -10,7 +10,11 @@ import torch
 from model.config import ModelConfig
 from model.network import Network
 from tests.training.synthetic import clip_set
-from training.evaluate import Evaluation, evaluate
+from training import evaluate as module
+from training.config import StreamConfig
+from training.distributed import Group
+from training.evaluate import Evaluation, evaluate, evaluate_streams
+from training.streams import NO_CLASS, Stream, Streams
 
 
 @pytest.mark.parametrize("longest", [1, 40])
@@ -51,3 +55,60 @@ def test_a_class_without_clips_is_no_trouble(lived_in: Callable[..., Network]) -
     clips = clip_set(4)
     result = evaluate(lived_in(ModelConfig(kind="plain", layers=1, units=6), (2,)), replace(clips, labels=np.zeros(4, np.int64)))
     assert result.confusion.sum() == 4
+
+
+def test_nothing_said_of_a_clip_is_wrong(lived_in: Callable[..., Network]) -> None:
+    network, clips = lived_in(ModelConfig(kind="plain", layers=1, units=6), (2,), classes=4), clip_set(20)
+    with torch.no_grad():
+        network.head.bias[3] = 50.0
+    result = evaluate(network, clips)
+    assert result.scores.shape == (20, 4)
+    assert result.accuracy == 0
+    assert result.confusion[:, 3].sum() == 20
+
+
+def by_hand(network: Network, streams: list[Stream]) -> tuple[float, ...]:
+    """Accuracy of actions, of their frames, of nothing, and loss: stream by stream, frame by frame."""
+    actions, frames, others, losses = [], [], [], []
+    for stream in streams:
+        state, guesses = network.initial_state(1), []
+        for frame, label in zip(stream.frames, stream.labels.tolist(), strict=True):
+            with torch.no_grad():
+                logits, state = network(torch.from_numpy(frame)[None, None], torch.tensor([1]), state)
+            guesses.append(int(logits[0, 0].argmax()))
+            if label != NO_CLASS:
+                losses.append(-float(torch.log_softmax(logits[0, 0], -1)[label]))
+        inside = np.zeros(len(stream.frames), bool)
+        for first, end, label in stream.segments.tolist():
+            said = guesses[first:end]
+            actions.append(max(range(network.classes), key=lambda k, said=said: (said.count(k), -k)) == label)
+            frames += [guess == label for guess in said]
+            inside[first:end] = True
+        others += [guess == label for guess, label, there in zip(guesses, stream.labels.tolist(), inside, strict=True) if not there and label != NO_CLASS]
+    return float(np.mean(actions)), float(np.mean(frames)), float(np.mean(others)) if others else float("nan"), float(np.mean(losses))
+
+
+@pytest.mark.parametrize("nothing", ["nothing", ""])
+def test_streams_are_left_running_and_counted_action_by_action(lived_in: Callable[..., Network], nothing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STREAM_CHUNK", 50)
+    made = Streams(clip_set(30), StreamConfig(nothing=nothing, idle=5))
+    network = lived_in(ModelConfig(kind="plain", layers=2, units=6, norm="after"), (2,), classes=len(made.classes)).train()
+    streams = [made.stream("cuts" if i % 2 else "smooth", i, seed=0, actions=3 + i) for i in range(5)]
+    result = evaluate_streams(network, streams)
+    assert network.training
+    found = result.accuracy, result.frame_accuracy, result.nothing_accuracy, result.loss
+    assert found == pytest.approx(by_hand(network.eval(), streams), rel=1e-5, nan_ok=True)
+    assert np.isnan(result.nothing_accuracy) == (nothing == "")
+
+
+def test_processes_divide_the_streams(lived_in: Callable[..., Network], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Streams(clip_set(30), StreamConfig(idle=5))
+    network = lived_in(ModelConfig(kind="plain", layers=1, units=6), (2,), classes=4)
+    streams = [made.stream("smooth", i, seed=0, actions=4) for i in range(3)]
+    counts: list[torch.Tensor] = []
+    monkeypatch.setattr(Group, "total", lambda _, own: counts.append(own.clone()) or own)
+    whole = evaluate_streams(network, streams)
+    for rank in range(4):  # the last has none
+        evaluate_streams(network, streams, Group(rank, 4))
+    torch.testing.assert_close(sum(counts[1:]), counts[0])
+    assert whole.accuracy == float(counts[0][1] / 12)

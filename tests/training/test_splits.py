@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.training.synthetic import clip_set, config, write_folder
+from tests.training.synthetic import clip_set, config, recording_set, write_folder
 from training.config import ConfigError
 from training.datasets.clips import DataError
 from training.datasets.recordings import Recordings
@@ -176,3 +176,52 @@ def test_every_training_clip_is_held_out_in_one_fold(by: str) -> None:
         assert not by or len(set(part.groups["subject"].tolist())) == 1
     assert len(found) == len(set(found)) == 45
     assert "fold 3 of 3" in describe(settings)
+
+
+def test_recordings_are_divided_whole_and_then_cut() -> None:
+    data = recording_set(12)
+    splits = split(config(), data)
+    assert [set(splits.recordings[name].groups["subject"].tolist()) for name in ("training", "validation", "test")] == [{"a", "b"}, {"c"}, {"d"}]
+    assert sum(len(part) for part in splits.recordings.values()) == 12
+    for name in ("training", "validation", "test"):
+        assert splits.whole(name) is splits.recordings[name]
+        assert [clip.tobytes() for clip in splits.named(name).frames] == [clip.tobytes() for clip in splits.recordings[name].clips().frames]
+    clips = split(config(), data.clips())
+    assert clips.recordings == {}
+    assert clips.whole("test") is clips.test
+    for name in ("training", "validation", "test"):
+        assert {clip.tobytes() for clip in clips.named(name).frames} == {clip.tobytes() for clip in splits.named(name).frames}
+
+
+def test_folds_of_recordings_are_those_of_their_clips() -> None:
+    data = recording_set(13)
+    for fold in range(3):
+        by = {"validation": {}, "folds": 3, "fold": fold, "fold_by": "subject"}
+        whole, cut = (split(config(data=by), one) for one in (data, data.clips()))
+        assert set(whole.recordings["validation"].groups["subject"].tolist()) == set(cut.named("validation").groups["subject"].tolist())
+        assert len(whole.named("training")) == len(cut.named("training"))
+
+
+@pytest.mark.parametrize("by", [{"validation_share": 0.3}, {"folds": 3}])
+def test_clips_of_one_recording_may_be_divided_unless_streams_are_made_of_it(by: dict[str, Any]) -> None:
+    data = {"validation": {}, **by}
+    splits = split(config(data=data), recording_set(12))
+    assert splits.recordings == {}
+    assert splits.whole("validation") is splits.validation
+    with pytest.raises(ConfigError, match=rf"data\.{next(iter(by))} divides the clips of each recording, and streams are made of whole ones"):
+        split(config(data=data, streams={}), recording_set(12))
+    assert split(config(data=data, streams={}), clip_set(60)).validation is not None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"test": {"subject": ["d", "x"]}}, "no recording has subject 'x'; there are: a, b, c, d"),
+        ({"test": {"split": ["train", "test"]}}, "every recording is a test recording"),
+        ({"validation": {"subject": ["a", "b", "c"]}}, "holds out 9 of 9 training recordings"),
+        ({"validation": {}, "folds": 5, "fold_by": "subject"}, "5 folds of 3 groups"),
+    ],
+)
+def test_parts_of_recordings_that_cannot_be_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split(config(data=data), recording_set(12))
