@@ -497,12 +497,12 @@ def test_a_token_is_sent_everywhere(start: Any) -> None:
 # Without an event loop
 
 
-@pytest.mark.parametrize("example", [0, 1])
+@pytest.mark.parametrize("example", [0, 1, 2])
 def test_the_examples_of_the_readme_run_as_written(server: Server, example: int, capsys: pytest.CaptureFixture[str]) -> None:
     readme = Path(__file__).resolve().parents[2] / "service" / "README.md"
     code = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)[example]
     exec(code.replace("http://127.0.0.1:8000", server.url), {})
-    assert len(capsys.readouterr().out.splitlines()) == [101, 10][example]
+    assert len(capsys.readouterr().out.splitlines()) == [101, 10, 20][example]
 
 
 def test_the_plain_client_does_the_same(server: Server) -> None:
