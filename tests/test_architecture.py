@@ -33,7 +33,8 @@ LAYERS = {
         ["evaluate", "export", "verify", "loss", "memory", "stream_figures"],
         ["stream_scores", "event_rules"],
         ["report", "publish", "preflight", "scores", "feed"],
-        ["loop"],
+        ["loop", "stream_report"],
+        ["stream_command"],
         ["__main__"],
     ],
     "service": [

@@ -39,6 +39,8 @@ from training.samples import write_samples
 from training.scores import ScoresError, average
 from training.splits import Splits, describe, read, split
 from training.splits import load as load_splits
+from training.stream_command import stream_rules, streams
+from training.streams import Streams
 from training.verify import VerificationError, verify_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -46,6 +48,8 @@ console = Console(stderr=True)
 PARTS = ("test", "validation", "training")
 DATA_FAULTS = (ConfigError, DataError, UnknownLayout, ManifestError)
 EXPECTED = (*DATA_FAULTS, VerificationError, TrainingDiverged, checkpoints.CheckpointError, ScoresError, ProcessLost, OSError)
+
+app.command()(streams)
 
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the experiment, see training/configs/")]
 Out = Annotated[Path, typer.Option(help="folder that run folders go into")]
@@ -153,8 +157,13 @@ def export(
     result = run_clips(found.network(), clips)
     protocol = found.config.export.protocol or f"{part} clips, score at the last frame"
     metrics = metrics_of(protocol, accuracy=result.accuracy, frame_accuracy=result.frame_accuracy)
+    rules = found.config.export.events
+    if rules is None and found.config.streams is not None:
+        chosen_on = "validation" if splits.validation is not None else "training"
+        _say(f"  rules for events, on {chosen_on} streams")
+        rules = stream_rules(found.network(), Streams(splits.whole(chosen_on), found.config.streams), "smooth")
     with _bar("streaming") as advance:
-        manifest = publish(found, clips, metrics, target, say=lambda text: _say(f"  {text}"), watch=advance)
+        manifest = publish(found, clips, metrics, target, say=lambda text: _say(f"  {text}"), watch=advance, events=rules)
     stream = manifest.stream
     assert stream is not None
     console.print(f"[bold]{escape(str(target / 'model.onnx'))}[/bold]  accuracy {100 * result.accuracy:.1f} % ({escape(protocol)})", soft_wrap=True)

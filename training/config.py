@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
-from model.contract import NAME_PATTERN, ManifestError, decode
+from model.contract import NAME_PATTERN, EventRules, ManifestError, decode
 
 Schedule = Literal["cosine", "one-cycle", "plateau", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -64,6 +64,7 @@ class StreamConfig:
     stay: tuple[int, ...] = (6, 16)  # actions in a stretch, drawn from the first to the second
     cuts: float = 0.35  # share of stretches whose clips follow each other by raw cuts; in the others the body moves from one to the next
     blend: tuple[int, ...] = (10, 20)  # frames of such a movement, drawn from the first to the second
+    repeat: float = 0.0  # share of actions that are done again next, by another clip of their class; the others are drawn from all
     pauses: float = 0.6  # share of movements with idle frames before, after or on both sides of them
     idle: int = 60  # idle frames, drawn up to this many
     whole: float = 0.5  # of recordings: share of stretches that are the recordings as they are; the others are made of clips cut from them
@@ -84,7 +85,7 @@ class StreamConfig:
             (self.stay[0] <= self.stay[1], f"stay goes from the lower to the higher number, got {list(self.stay)}"),
             (self.blend[0] <= self.blend[1], f"blend goes from the lower to the higher number, got {list(self.blend)}"),
             (self.idle >= 0, f"idle must not be negative, got {self.idle}"),
-            (self.cuts <= 1 and self.pauses <= 1 and self.whole <= 1, "cuts, pauses and whole are shares: at most 1"),
+            (max(self.cuts, self.pauses, self.whole, self.repeat) <= 1, "cuts, pauses, whole and repeat are shares: at most 1"),
             (self.dropped < 1, f"dropped must be in [0, 1), got {self.dropped}"),
             (len(set(self.together)) == len(self.together), f"together names a group twice: {list(self.together)}"),
         ):
@@ -123,6 +124,7 @@ class ExportConfig:
 
     chunk: int = 8  # suggested frames per message
     protocol: str = ""  # how accuracy was measured, in a sentence
+    events: EventRules | None = None  # when a stream's scores say that something starts and ends; absent: the rules that find most on validation streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +183,11 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as TOML has them: what is None is left out."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return _without_none(dataclasses.asdict(self))
+
+
+def _without_none(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: _without_none(item) if isinstance(item, dict) else item for name, item in value.items() if item is not None}
 
 
 def from_dict(value: Any) -> Config:

@@ -9,7 +9,7 @@ from model.contract import EventRules
 from training.datasets.recordings import Segments
 from training.stream_figures import Scores, detect, f1, match
 
-ENTER = (0.3, 0.4, 0.5, 0.6, 0.7)
+ENTER = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LEAVE = (0.5, 0.75, 1.0)  # shares of `enter`
 LENGTHS = ((2, 2), (3, 3), (5, 3), (5, 5), (8, 5), (8, 8), (12, 8))  # rows: least, gap
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from model import skeletons
-from model.contract import CONTRACT_VERSION, MODEL_FILE, Manifest, Metrics, Task
+from model.contract import CONTRACT_VERSION, MODEL_FILE, EventRules, Manifest, Metrics, Task
 from training.checkpoint import Checkpoint
 from training.datasets.clips import ClipSet
 from training.export import to_onnx
@@ -20,9 +20,17 @@ PARITY_CLIPS = 48
 
 
 def publish(
-    checkpoint: Checkpoint, clips: ClipSet, metrics: Metrics, target: Path, say: Callable[[str], None], watch: Callable[[int, int], None] | None = None
+    checkpoint: Checkpoint,
+    clips: ClipSet,
+    metrics: Metrics,
+    target: Path,
+    say: Callable[[str], None],
+    watch: Callable[[int, int], None] | None = None,
+    events: EventRules | None = None,
 ) -> Manifest:
     """Exports the checkpoint's network to `target`/model.onnx, verified on `clips` (not seen in training, ideally).
+
+    With `events` the service will say when something starts and ends, by these rules.
 
     Raises `VerificationError`, leaving no file and no change, when a promise of the contract does not hold.
     """
@@ -57,6 +65,7 @@ def publish(
         state_width=runner.state_width,
         chunk=config.export.chunk,
         stream=stream,
+        events=events,
         architecture=network.architecture(),
         data=subject.source,
         metrics=metrics,

@@ -82,6 +82,32 @@ def runs_table(runs: list[str], columns: dict[str, list[float]], title: str, ens
     return table
 
 
+def streams_table(rows: dict[str, dict[str, float]], title: str) -> Table:
+    """One line for each way of using a network on streams: figures as `stream_report.mean_row` has them, and its multiplications a frame."""
+    table = Table(title=escape(title))
+    columns = ("", "frames %", "nothing %", "actions %", "strictly %", "slope, points", "events F1 %", "delay, frames", "off by, frames", "million products")
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left")
+    for name, of in rows.items():
+        actions = f"{_percent(of['actions'])}" + ("" if np.isnan(of["deviation"]) else f" ({_percent(of['deviation'])})")
+        slope = f"{100 * of['slope']:+.1f} ± {100 * of['slope_ci95']:.1f}"
+        shares = _percent(of["frames"]), _percent(of["nothing"]), actions, _percent(of["actions_strict"]), slope, _percent(of["f1"])
+        lengths = ("" if np.isnan(of[key]) else f"{of[key]:.1f}" for key in ("delay", "boundary"))
+        table.add_row(escape(name), *shares, *lengths, f"{of['multiplications'] / 1e6:.2f}")
+    return table
+
+
+def early_table(curves: dict[str, list[float]], title: str) -> Table:
+    """Share of actions that are right after each tenth of their frames."""
+    table = Table(title=escape(title))
+    table.add_column("of an action's frames, %")
+    for part in range(10, 101, 10):
+        table.add_column(str(part), justify="right")
+    for name, curve in curves.items():
+        table.add_row(escape(name), *(_percent(share) for share in curve))
+    return table
+
+
 def _percent(share: float) -> str:
     return "" if np.isnan(share) else f"{100 * share:.1f}"
 

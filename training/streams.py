@@ -152,8 +152,7 @@ class Streams:
         last: Frames | None = None
         chosen = -1
         for _ in range(actions):
-            left = group[group != chosen] if len(group) > 1 else group
-            chosen = int(left[rng.integers(len(left))])
+            chosen = self._next(group, chosen, rng)
             clip, speed = self.clips.frames[chosen], 1.0
             if look is not None and self.augment is not None:
                 speed = look.change.speed * float(np.exp(rng.uniform(-1, 1) * np.log(SPEEDS)))
@@ -165,6 +164,14 @@ class Streams:
             last = clip[-1]
             segment = [[len(between), len(between) + len(clip), int(self.clips.labels[chosen])]]
             yield _Piece(np.concatenate([between, clip]), np.array(segment, np.int64))
+
+    def _next(self, group: Indices, before: int, rng: np.random.Generator) -> int:
+        """Another clip than the one before, where there is one, and of the same class as often as the configuration says."""
+        left = group[group != before] if len(group) > 1 else group
+        if before >= 0 and self.config.repeat and rng.random() < self.config.repeat:
+            same = left[self.clips.labels[left] == self.clips.labels[before]]
+            left = same if len(same) else left
+        return int(left[rng.integers(len(left))])
 
     def _played(self, recording: int, actions: int, look: _Look | None, rng: np.random.Generator) -> Iterator[_Piece]:
         """A recording from somewhere in it on, for so many actions or to its end."""

@@ -1,0 +1,84 @@
+"""`python -m training streams`, on networks trained in a moment."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.synthetic import cued_clips, write_config, write_folder
+from training.__main__ import main
+from training.stream_report import CLIPS_ORACLE, CLIPS_RUNNING, CLIPS_WINDOW, STREAMS
+
+STREAMED = {"together": ["split"], "steps": 20, "frames": 64, "stay": [3, 6], "blend": [3, 6], "idle": 10, "validation": [4, 4]}
+SMALL = ("--streams", "6", "--actions", "6", "--window", "12")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run on streams and one on clips, of actions whose class shows at their beginning alone; and where the data lie."""
+    folder = tmp_path_factory.mktemp("streams")
+    data = write_folder(folder / "data", cued_clips(120))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, sections in (("streamed", {"streams": STREAMED}), ("clipped", {})):
+            model = {"units": 24, "horizon": 30, "dropout": 0.0}
+            train = {"epochs": 12, "batch": 16, "learning_rate": 1e-2, "ema": 0.9, "threads": 1, "max_frames": 64}
+            path = write_config(folder / f"{name}.toml", name=name, model=model, train=train, augment={"cut_start": 0.0, "speed": 1.0}, **sections)
+            patch.setattr(sys, "argv", ["training", "train", str(path), "--data", str(data), "--out", str(folder / "runs")])
+            _run()
+    return {name: folder / "runs" / name / "seed-0" for name in ("streamed", "clipped")} | {"data": data}
+
+
+def _run() -> int:
+    try:
+        main()
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    return 0
+
+
+def test_a_network_for_streams_beside_one_for_clips(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["streams", runs["streamed"], "--clips", runs["clipped"], "--data", runs["data"], *SMALL]
+    monkeypatch.setattr(sys, "argv", ["training", *map(str, arguments)])
+    assert _run() == 0, capsys.readouterr().err
+    shown = capsys.readouterr()
+    kept = json.loads((runs["streamed"] / "streams-test.json").read_text())
+    assert set(kept["forms"]) == {"cuts", "smooth"}
+    for form, rows in kept["forms"].items():
+        assert f"streamed, test, {form}" in shown.out
+        by_name: dict[str, Any] = {row["name"]: row for row in rows}
+        assert set(by_name) == {STREAMS, CLIPS_RUNNING, CLIPS_ORACLE, CLIPS_WINDOW}
+        for name, row in by_name.items():
+            assert name in shown.out
+            assert len(row["early"]) == 10
+            assert len(row["figures"]["by_position"]) == 6
+        assert by_name[CLIPS_WINDOW]["multiplications"] == 12 * by_name[CLIPS_RUNNING]["multiplications"]
+        assert by_name[CLIPS_ORACLE]["rules"] is None
+        assert by_name[CLIPS_RUNNING]["rules"]["nothing"] is None
+        assert by_name[STREAMS]["rules"]["nothing"] == "nothing"
+    smooth = {row["name"]: row["figures"]["actions"] for row in kept["forms"]["smooth"]}
+    assert smooth[STREAMS] > 0.6, smooth  # a third is chance
+    assert smooth[CLIPS_ORACLE] >= smooth[CLIPS_RUNNING]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["{clipped}"], "was not trained on streams"),
+        (["{streamed}", "--clips", "{clipped}", "--clips", "{clipped}"], "give one for each"),
+        (["{streamed}", "--split", "training"], "there are test and validation"),
+    ],
+)
+def test_faults_are_one_line(
+    runs: dict[str, Path], arguments: list[str], fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [one.format(**runs) for one in arguments]
+    monkeypatch.setattr(sys, "argv", ["training", "streams", *given, "--data", str(runs["data"]), *SMALL])
+    assert _run() == 1
+    error = capsys.readouterr().err
+    assert fault in " ".join(error.split())
+    assert "Traceback" not in error
