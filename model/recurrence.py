@@ -5,13 +5,14 @@
     h           (B, N)     state before the first step
     mask        (T, B)     bool; where False the row stands still: the output repeats the state
     activation             "relu", "tanh" or "identity"
+    keep        (T, B)     share of the state before each step that is kept, in [0, 1]: h[t] = activation(z[t] + u * (keep[t] * h[t-1])); None: all of it
     ->          (T, B, N)  states, in the dtype of z; the last one is the state to carry on with
 
 `recur_loop` is the definition. `recur` gives the same numbers through compiled kernels; under `torch.export` it becomes one
-node, `indrnn::Recurrence` for ReLU, to which the exporter gives meaning by an ONNX local function. `hold` is its sibling for missing
-data.
+node, `indrnn::Recurrence` for ReLU (`indrnn::GatedRecurrence` with keep), to which the exporter gives meaning by an ONNX local function.
+`hold` is its sibling for missing data.
 
-Floating types: z, u and h share one of float32 and float64; or z is bfloat16 or float16, as autocast makes it, and u and h are float32
+Floating types: z, u, h and keep share one of float32 and float64; or z is bfloat16 or float16, as autocast makes it, and the others are float32
 or the type of z. Half types are for storage only: the state is carried, and all arithmetic done, in float32.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -32,6 +33,7 @@ from model.config import Activation
 ONNX_DOMAIN = "indrnn"
 # Local functions in the exported file.
 RECURRENCES: dict[Activation, str] = {"relu": "Recurrence", "tanh": "RecurrenceTanh", "identity": "RecurrenceIdentity"}
+GATED_RECURRENCES: dict[Activation, str] = {"relu": "GatedRecurrence", "tanh": "GatedRecurrenceTanh", "identity": "GatedRecurrenceIdentity"}
 HOLD = "Hold"
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -40,16 +42,20 @@ FLOATS = (torch.float32, torch.float64, *HALVES)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda x: x}
 
 
-def recur_loop(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: Activation = "relu") -> Tensor:
+def recur_loop(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: Activation = "relu", keep: Tensor | None = None) -> Tensor:
     """The reference: a plain loop over time, differentiable by autograd. Slow; see `recur`."""
-    return _loop(z, u, h, mask, activation)
+    return _loop(z, u, h, mask, activation, keep)
 
 
-def _loop(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> Tensor:
+def _loop(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str, keep: Tensor | None = None) -> Tensor:
     wide, act = _wide(z.dtype), _ACTIVATIONS[activation]
     u, state, states = u.to(wide), h.to(wide), []
-    for z_t, mask_t in zip(z.unbind(0), mask.unbind(0), strict=True):  # unbind: indexing would cost a full-size zero tensor per step backward
-        state = torch.where(mask_t[:, None], act(z_t.to(wide) + u * state), state)
+    shares: Sequence[Tensor | None] = (
+        [None] * len(z) if keep is None else torch.where(mask, keep.to(wide), 1.0).unbind(0)
+    )  # what stands at masked steps does not matter
+    for z_t, mask_t, share in zip(z.unbind(0), mask.unbind(0), shares, strict=True):  # unbind: indexing would cost a full-size zero tensor per step backward
+        kept = state if share is None else share[:, None] * state
+        state = torch.where(mask_t[:, None], act(z_t.to(wide) + u * kept), state)
         states.append(state.to(z.dtype))
     return torch.stack(states) if states else z.new_empty(z.shape)
 
@@ -59,8 +65,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALVES else dtype
 
 
-def recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: Activation = "relu") -> Tensor:
-    """h[t] = activation(z[t] + u * h[t-1]) over time; shapes and types at the top of the module.
+def recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: Activation = "relu", keep: Tensor | None = None) -> Tensor:
+    """h[t] = activation(z[t] + u * (keep[t] * h[t-1])) over time; shapes and types at the top of the module. That keep is in [0, 1] is not checked.
 
     Raises `ValueError` when shapes or types do not fit together, or the activation is none of the three; `NotImplementedError` for
     derivatives in forward mode, which `recur_loop` has.
@@ -68,11 +74,13 @@ def recur(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: Activation 
     if activation not in RECURRENCES:
         raise ValueError(f"recur: activation is one of {', '.join(RECURRENCES)}, not {activation!r}")
     if _exporting():
-        return _symbol(RECURRENCES[activation], (z, u, h, mask[..., None]), z)
-    _check(z, u, h, mask)
-    if not torch.compiler.is_compiling() and any(_has_tangent(x) for x in (z, u, h)):
+        if keep is None:
+            return _symbol(RECURRENCES[activation], (z, u, h, mask[..., None]), z)
+        return _symbol(GATED_RECURRENCES[activation], (z, u, h, mask[..., None], keep[..., None]), z)
+    _check(z, u, h, mask, keep)
+    if not torch.compiler.is_compiling() and any(_has_tangent(x) for x in (z, u, h, keep) if x is not None):
         raise NotImplementedError("recur has no derivative in forward mode (jvp): use recur_loop")  # torch would take it for zero
-    y: Tensor = _recur(z, u, h, mask, activation)
+    y: Tensor = _recur(z, u, h, mask, activation) if keep is None else _recur_gated(z, u, h, mask, keep, activation)
     return y
 
 
@@ -99,7 +107,7 @@ def _has_tangent(x: Tensor) -> bool:
     return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def _check(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> None:
+def _check(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor | None) -> None:
     if z.dim() != 3:
         raise ValueError(f"recur: z must be (steps, batch, units), got {tuple(z.shape)}")
     steps, batch, units = z.shape
@@ -112,6 +120,13 @@ def _check(z: Tensor, u: Tensor, h: Tensor, mask: Tensor) -> None:
         raise ValueError(f"recur: z, u and h must have one floating dtype, or z a half type and u, h float32; got {z.dtype}, {u.dtype}, {h.dtype}")
     if not z.device == u.device == h.device == mask.device:
         raise ValueError(f"recur: z, u, h and mask must be on one device; got {z.device}, {u.device}, {h.device}, {mask.device}")
+    if keep is None:
+        return
+    if keep.shape != (steps, batch) or keep.dtype not in (z.dtype, _wide(z.dtype)) or keep.device != z.device:
+        raise ValueError(
+            f"recur: z {tuple(z.shape)} {z.dtype} on {z.device} needs keep ({steps}, {batch}) of that type, or float32 beside a half type, on that device; "
+            f"got {tuple(keep.shape)} {keep.dtype} on {keep.device}"
+        )
 
 
 @functools.cache
@@ -187,3 +202,68 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, gy: Tensor) -> tupl
 
 
 _recur.register_autograd(_differentiate, setup_context=_remember)
+
+
+@torch.library.custom_op("indrnn::recur_gated", mutates_args=())
+def _recur_gated(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor, activation: str = "relu") -> Tensor:
+    """`_recur` with keep: an operator of its own, so that without one nothing is different, neither in time nor in bits."""
+    kernel = _kernel(z)
+    forward: Callable[..., Tensor] = kernel.forward_gated if kernel else _loop_gated
+    return forward(z, u, h, mask, keep, activation)
+
+
+def _loop_gated(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor, activation: str) -> Tensor:
+    return _loop(z, u, h, mask, activation, keep)
+
+
+@_recur_gated.register_fake
+def _(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor, activation: str = "relu") -> Tensor:
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("indrnn::recur_gated_backward", mutates_args=())
+def _recur_gated_backward(
+    gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor, activation: str = "relu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernel = _kernel(y)
+    backward: Callable[..., Gradients] = kernel.backward_gated if kernel else _loop_gated_backward
+    return backward(gy, y, u, h, mask, keep, activation)
+
+
+def _loop_gated_backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor, activation: str) -> Gradients:
+    wide = _wide(y.dtype)
+    decay, start, gz = u.to(wide), h.to(wide), torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    g, gu, gk = torch.zeros_like(start), torch.zeros_like(start), torch.zeros(keep.shape, dtype=wide, device=keep.device)
+    for t in range(len(y) - 1, -1, -1):
+        moves, y_t, total = mask[t][:, None], y[t].to(wide), gy[t].to(wide) + g
+        share, before = torch.where(moves, keep[t].to(wide)[:, None], 1.0), y[t - 1].to(wide) if t else start
+        d = torch.where(moves, _through(total, y_t, activation), 0.0)
+        gz[t] = d
+        gu += d * (share * before)
+        gk[t] = torch.where(moves, d * decay * before, 0.0).sum(1)
+        g = torch.where(moves, d * decay * share, total)
+    return gz, gu.sum(0).to(u.dtype), g.to(h.dtype), gk.to(keep.dtype)
+
+
+@_recur_gated_backward.register_fake
+def _(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor, activation: str = "relu") -> Gradients:
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (y, u, h, keep))  # type: ignore[return-value]
+
+
+def _remember_gated(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+    _, u, h, mask, keep, activation = inputs
+    ctx.save_for_backward(output, u, h, mask, keep)
+    ctx.activation = activation  # type: ignore[attr-defined]
+
+
+def _differentiate_gated(ctx: torch.autograd.function.FunctionCtx, gy: Tensor) -> tuple[Tensor | None, ...]:
+    y, u, h, mask, keep = ctx.saved_tensors  # type: ignore[attr-defined]
+    gz, gu, gh, gk = _recur_gated_backward(gy, y, u, h, mask, keep, ctx.activation)  # type: ignore[attr-defined]
+    return gz, gu, gh, None, gk, None
+
+
+_recur_gated.register_autograd(_differentiate_gated, setup_context=_remember_gated)

@@ -160,6 +160,94 @@ def _backward(
             _step_back(gy, gy_at, gy_row, y, y_at, y, before_at, decay, mask, mask_at, mask_row, gz, gu, g, start, width, count, kind)
 
 
+@compiled
+def _kept(
+    before: Array, before_at: int, keep: Array, keep_at: int, keep_row: int, moves: Array, moves_at: int, moves_row: int,
+    kept: Array, width: int, rows: int, units: int,
+) -> None:  # fmt: skip
+    """keep * before for some rows of `width`, which is what a gated step remembers; a row that stands still keeps all."""
+    for b in range(rows):
+        share = keep[keep_at + b * keep_row] if moves[moves_at + b * moves_row] else keep.dtype.type(1)
+        before_b, kept_b = before[before_at + b * width : before_at + b * width + units], kept[b * width : b * width + units]
+        for n in range(units):
+            kept_b[n] = share * before_b[n]
+
+
+@compiled
+def _forward_gated(
+    z: Array, z_strides: Strides, u: Array, h: Array, mask: Array, mask_strides: Strides, keep: Array, keep_strides: Strides, y: Array,
+    shape: Strides, kind: int, rows: slice, units: slice,
+) -> None:  # fmt: skip
+    steps, batch, width = shape
+    z_step, z_row, z_unit = z_strides
+    mask_step, mask_row = mask_strides
+    keep_step, keep_row = keep_strides
+    count, decay, start = rows.stop - rows.start, u[units], rows.start * width + units.start
+    block, kept = np.empty(0 if z_unit == 1 else count * len(decay), z.dtype), np.empty(count * width, z.dtype)
+    for t in range(steps):
+        z_at, y_at = t * z_step + rows.start * z_row + units.start * z_unit, start + t * batch * width
+        mask_at, keep_at = t * mask_step + rows.start * mask_row, t * keep_step + rows.start * keep_row
+        if t == 0:
+            _kept(h, start, keep, keep_at, keep_row, mask, mask_at, mask_row, kept, width, count, len(decay))
+        else:
+            _kept(y, y_at - batch * width, keep, keep_at, keep_row, mask, mask_at, mask_row, kept, width, count, len(decay))
+        if z_unit != 1:
+            _copy_rows(z, z_at, z_row, z_unit, block, count, len(decay))
+            _step(block, 0, len(decay), kept, 0, decay, mask, mask_at, mask_row, y, y_at, width, count, kind)
+        else:
+            _step(z, z_at, z_row, kept, 0, decay, mask, mask_at, mask_row, y, y_at, width, count, kind)
+
+
+@compiled
+def _share_out(
+    g: Array, start: int, before: Array, before_at: int, keep: Array, keep_at: int, keep_row: int, moves: Array, moves_at: int, moves_row: int,
+    gk: Array, gk_at: int, products: Array, width: int, rows: int,
+) -> None:  # fmt: skip
+    """From the gradient of keep * before, in g, to those of keep and of before. Sums are taken by halves: exact, and as vectors."""
+    units = len(products)
+    for b in range(rows):
+        if not moves[moves_at + b * moves_row]:
+            gk[gk_at + b] = 0
+            continue
+        share, s, j = keep[keep_at + b * keep_row], start + b * width, before_at + b * width
+        g_b, before_b = g[s : s + units], before[j : j + units]
+        for n in range(units):
+            products[n] = g_b[n] * before_b[n]
+            g_b[n] *= share
+        left = units
+        while left > 1:
+            half = (left + 1) // 2
+            low, high = products[:half], products[half:left]
+            for n in range(len(high)):
+                low[n] += high[n]
+            left = half
+        gk[gk_at + b] = products[0] if units else 0
+
+
+@compiled
+def _backward_gated(
+    gy: Array, gy_strides: Strides, y: Array, u: Array, h: Array, mask: Array, mask_strides: Strides, keep: Array, keep_strides: Strides,
+    gz: Array, gu: Array, g: Array, gk: Array, shape: Strides, kind: int, rows: slice,
+) -> None:  # fmt: skip
+    steps, batch, width = shape
+    gy_step, gy_row, gy_unit = gy_strides
+    mask_step, mask_row = mask_strides
+    keep_step, keep_row = keep_strides
+    count, start = rows.stop - rows.start, rows.start * width
+    block, kept, products = np.empty(0 if gy_unit == 1 else count * width, gy.dtype), np.empty(count * width, gy.dtype), np.empty(width, gy.dtype)
+    for t in range(steps - 1, -1, -1):
+        gy_at, y_at, gk_at = t * gy_step + rows.start * gy_row, start + t * batch * width, t * batch + rows.start
+        mask_at, keep_at = t * mask_step + rows.start * mask_row, t * keep_step + rows.start * keep_row
+        before, before_at = (h, start) if t == 0 else (y, y_at - batch * width)
+        _kept(before, before_at, keep, keep_at, keep_row, mask, mask_at, mask_row, kept, width, count, width)
+        if gy_unit != 1:
+            _copy_rows(gy, gy_at, gy_row, gy_unit, block, count, width)
+            _step_back(block, 0, width, y, y_at, kept, 0, u, mask, mask_at, mask_row, gz, gu, g, start, width, count, kind)
+        else:
+            _step_back(gy, gy_at, gy_row, y, y_at, kept, 0, u, mask, mask_at, mask_row, gz, gu, g, start, width, count, kind)
+        _share_out(g, start, before, before_at, keep, keep_at, keep_row, mask, mask_at, mask_row, gk, gk_at, products, width, count)
+
+
 def forward(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, activation: str) -> Tensor:
     """`recur` for CPU tensors: z (T, B, N), u (N,), h (B, N), mask (T, B) bool -> y (T, B, N). Half types are computed in float32."""
     if z.dtype in HALVES:
@@ -180,6 +268,31 @@ def backward(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, activati
     arguments = _span(gy), gy.stride(), _row(y), _row(u), _row(h), _span(mask), mask.stride(), *outputs, tuple(y.shape), KINDS[activation]
     over_slices(lambda rows, units: _backward(*arguments, rows, units), y.shape)
     return gz, gu_rows.sum(0), gh
+
+
+def forward_gated(z: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor, activation: str) -> Tensor:
+    """`forward` with keep (T, B) in the type of z, or float32 beside a half type."""
+    if z.dtype in HALVES:
+        return forward_gated(z.float(), u.float(), h.float(), mask, keep.float(), activation).to(z.dtype)
+    y = empty(z.shape, z.dtype)
+    inputs = _span(z), z.stride(), _row(u), _row(h), _span(mask), mask.stride(), _span(keep), keep.stride()
+    arguments = *inputs, _row(y), tuple(z.shape), KINDS[activation]
+    over_slices(lambda rows, units: _forward_gated(*arguments, rows, units), z.shape)
+    return y
+
+
+def backward_gated(gy: Tensor, y: Tensor, u: Tensor, h: Tensor, mask: Tensor, keep: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to z, u, h and keep, given the gradient gy of the output y. Slices are of rows alone: that of keep is a sum over units."""
+    if y.dtype in HALVES:
+        gz, gu, gh, gk = backward_gated(gy.float(), y.float(), u.float(), h.float(), mask, keep.float(), activation)
+        return gz.to(y.dtype), gu.to(u.dtype), gh.to(h.dtype), gk.to(keep.dtype)
+    steps, batch, units = y.shape
+    gz, gu_rows, gh = empty(y.shape, y.dtype), torch.zeros(h.shape, dtype=h.dtype), torch.zeros(h.shape, dtype=h.dtype)
+    gk = torch.zeros(keep.shape, dtype=keep.dtype)
+    inputs = _span(gy), gy.stride(), _row(y), _row(u), _row(h), _span(mask), mask.stride(), _span(keep), keep.stride()
+    arguments = *inputs, _row(gz), _row(gu_rows), _row(gh), _row(gk), tuple(y.shape), KINDS[activation]
+    over_slices(lambda rows, _: _backward_gated(*arguments, rows), torch.Size((steps * units, batch, 1)))
+    return gz, gu_rows.sum(0), gh, gk
 
 
 def _row(x: Tensor) -> Array:

@@ -33,12 +33,16 @@ HALVES = [torch.bfloat16, torch.float16]
 on_gpu = pytest.param("cuda", marks=pytest.mark.gpu)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: torch.compile's inductor is not tested on the CPU")
 
+KERNELS = cuda.forward, cuda.backward, cuda.forward_gated, cuda.backward_gated
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Kernels(NamedTuple):
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward_gated: Callable[..., Tensor]
+    backward_gated: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     device: str
 
 
@@ -62,13 +66,13 @@ def interpreter() -> Iterator[concurrent.futures.Executor]:
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "cuda":
         need_gpu()
-        return Kernels(cuda.forward, cuda.backward, "cuda")
+        return Kernels(*KERNELS, "cuda")
     pool: concurrent.futures.Executor = request.getfixturevalue("interpreter")
 
     def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: pool.submit(function, *(x.detach() if isinstance(x, Tensor) else x for x in arguments)).result(timeout=120)
 
-    return Kernels(elsewhere(cuda.forward), elsewhere(cuda.backward), "cpu")
+    return Kernels(*(elsewhere(kernel) for kernel in KERNELS), "cpu")
 
 
 class Recur(torch.autograd.Function):
@@ -236,6 +240,41 @@ def test_what_stands_at_masked_steps_does_not_matter(kernels: Kernels) -> None:
     assert torch.equal(kernels.forward(dirty, u, h, mask, "relu"), y)
 
 
+def gated_case(kernels: Kernels, steps: int, batch: int, units: int, dtype: torch.dtype = torch.float32) -> tuple[Inputs, Tensor]:
+    """`case`, u within 1, and keep: 0 and 1 as well, NaN where nothing moves."""
+    z, u, h, mask = case(kernels, steps, batch, units, dtype)
+    keep = (torch.rand(steps, batch, generator=torch.Generator().manual_seed(5)) * 1.4 - 0.2).clamp(0, 1).to(z)
+    return (z, u.clamp(-1, 1), h, mask), torch.where(mask, keep, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation"), [((1, 1, 1), "relu"), ((33, 2, 33), "relu"), ((33, 2, 33), "tanh"), ((18, 3, 47), "identity"), ((70, 1, 4), "relu")]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_with_keep_equal_to_the_loop(kernels: Kernels, shape: tuple[int, int, int], activation: Activation, dtype: torch.dtype) -> None:
+    (z, u, h, mask), keep = gated_case(kernels, *shape, dtype)
+    gy = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(z)
+    y = kernels.forward_gated(z, u, h, mask, keep, activation)
+    ours = [y, *kernels.backward_gated(gy, y, u, h, mask, keep, activation)]
+    assert [x.dtype for x in ours] == [dtype] * 5
+    leaves = [x.double().requires_grad_() for x in (z, u, h, keep)]
+    reference = recur_loop(*leaves[:3], mask, activation, leaves[3])
+    theirs = [reference.detach(), *torch.autograd.grad(reference, leaves, gy.double())]
+    rounding = torch.finfo(dtype).eps
+    for mine, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=4 * rounding + 1e-9, atol=4 * rounding * float(exact.abs().max()) + 1e-11)
+    assert not ours[4][~mask].any()
+
+
+def test_with_keep_of_one_the_bits_are_those_without(kernels: Kernels) -> None:
+    z, u, h, mask = case(kernels, 20, 3, 9)
+    keep, gy = torch.ones(3, 20, device=kernels.device).t(), torch.randn(20, 3, 9, generator=torch.Generator().manual_seed(1)).to(kernels.device)
+    y = kernels.forward(z, u, h, mask, "relu")
+    assert torch.equal(kernels.forward_gated(z, u, h, mask, keep, "relu"), y)
+    gradients = kernels.backward_gated(gy, y, u, h, mask, keep, "relu")
+    assert all(torch.equal(a, b) for a, b in zip(gradients, kernels.backward(gy, y, u, h, mask, "relu"), strict=False))
+
+
 def far_apart() -> bool:
     """Steps 2^26 elements apart, so that the 32nd begins where 32 bits end; memory that nobody touches is only promised."""
     memory = torch.empty((34 << 26) + 8, dtype=torch.bfloat16)
@@ -308,8 +347,11 @@ def test_compiles_for_gpus_that_are_not_here(capability: int, dtype: str, activa
         cuda.forward(z, u, h, mask, activation)
         cuda.backward(torch.zeros((), dtype=floating).expand(z.shape), z, u, h, mask, activation)
         cuda.backward(z, z, u, h, mask, activation)
-    assert len(set(compiled)) == 3  # forward, backward, and backward from a gradient without strides
-    for kernel, inputs in zip(compiled, (2, 3, 3), strict=False):
+        keep = torch.ones(steps, batch, dtype=wide)
+        cuda.forward_gated(z, u, h, mask, keep, activation)
+        cuda.backward_gated(z, z, u, h, mask, keep, activation)
+    assert len(set(compiled)) == 5  # forward, backward, backward from a gradient without strides, and the first two with keep
+    for kernel, inputs in zip(compiled, (2, 3, 3, 3, 4), strict=False):
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared == 0  # nothing passes between threads
         before_first_store, _, _ = kernel.asm["ptx"].partition("st.global")
@@ -354,7 +396,7 @@ def test_under_torch_compile_and_autocast(backend: str, autocast: bool, device: 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_operator_reaches_the_kernels_on_a_gpu(activation: Activation) -> None:
     need_gpu()
-    z, u, h, mask = case(Kernels(cuda.forward, cuda.backward, "cuda"), 50, 8, 64)
+    z, u, h, mask = case(Kernels(*KERNELS, "cuda"), 50, 8, 64)
     y = recur(z, u, h, mask, activation)
     assert torch.equal(y, cuda.forward(z, u, h, mask, activation))
     torch.library.opcheck(torch.ops.indrnn.recur.default, (z.requires_grad_(), u.requires_grad_(), h.requires_grad_(), mask, activation))
