@@ -93,6 +93,19 @@ def write_folder(folder: Path, clips: ClipSet) -> Path:
     return folder
 
 
+def write_recordings(folder: Path, recordings: Recordings) -> Path:
+    """The recordings as a recording folder."""
+    folder.mkdir(parents=True)
+    segments, listed = ["file,first,last,label"], ["file,subject,split"]
+    for i, frames in enumerate(recordings.frames):
+        np.save(folder / f"{i}.npy", frames)
+        listed.append(f"{i}.npy,{recordings.groups['subject'][i]},{recordings.groups['split'][i]}")
+        segments += [f"{i}.npy,{first},{end - 1},{recordings.classes[label]}" for first, end, label in recordings.segments[i]]
+    (folder / "segments.csv").write_text("\n".join(segments) + "\n")
+    (folder / "recordings.csv").write_text("\n".join(listed) + "\n")
+    return folder
+
+
 def write_config(path: Path, **sections: dict[str, Any] | Any) -> Path:
     path.write_text(tomli_w.dumps(settings(**sections)))
     return path

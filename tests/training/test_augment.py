@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import skeletons
-from training.augment import Augment, _mirrored, resample
+from training.augment import Augment, Change, _mirrored, middle, resample
 from training.config import AugmentConfig
 
 ALL: dict[str, Any] = {
@@ -125,3 +125,29 @@ def test_resampling_keeps_ends_and_straight_lines(steps: int, speed: float) -> N
     assert len(y) == max(1, round(steps / speed))
     if len(y) > 1 and steps > 1:
         np.testing.assert_allclose(y[:, 0], np.linspace(0, 1, len(y)), atol=1e-6)
+
+
+def test_a_drawn_change_is_the_same_for_every_clip_it_is_applied_to() -> None:
+    augment = Augment(AugmentConfig(rotate=40.0, tilt=10.0, scale=0.2, speed=1.5, mirror=True, offset=0.3), "body-13")
+    change = augment.draw(np.random.default_rng(3), (13, 3))
+    whole, cut = clip(20), 7
+    centre = middle(whole)
+    parts = [augment.apply(change, whole[:cut], centre), augment.apply(change, whole[cut:], centre)]
+    np.testing.assert_allclose(np.concatenate(parts), augment.apply(change, whole), atol=1e-5)
+    order = _mirrored("body-13") if change.mirror else np.arange(13)
+    np.testing.assert_allclose(distances(parts[0]), change.scale * distances(whole[:cut][:, order]), atol=1e-4)
+    assert np.array_equal(whole, clip(20))
+
+
+def test_a_mirrored_body_is_turned_about_its_own_mirrored_place() -> None:
+    augment = Augment(AugmentConfig(mirror=True, rotate=1.0), "body-13")
+    change = Change(mirror=True, turns=(0.4, 0.0, 0.0))
+    far = clip() + np.array([5, 0, 2], np.float32)
+    np.testing.assert_allclose(augment.apply(change, far, middle(far)), augment.apply(change, far), atol=1e-4)
+
+
+def test_no_change_is_a_copy() -> None:
+    original = clip()
+    same = Augment(AugmentConfig(**ALL), "body-13").apply(Change(), original)
+    assert np.array_equal(same, original)
+    assert same is not original

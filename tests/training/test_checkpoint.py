@@ -40,6 +40,18 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
         assert same(getattr(before, name), getattr(after, name)), name
 
 
+def test_a_network_taught_streams_comes_back_with_its_class_of_nothing(tmp_path: Path) -> None:
+    settings = config(streams={"together": ["subject"], "stay": [2, 3]})
+    assert settings.streams is not None
+    subject = Subject.of(clip_set(12), settings.streams)
+    assert subject.classes == (*clip_set(12).classes, "nothing")
+    weights = build(settings, subject).state_dict()
+    save(Checkpoint(settings, subject, 1, weights, weights, {}, 0.5), tmp_path / "last.pt")
+    after = load(tmp_path / "last.pt")
+    assert (after.config, after.subject) == (settings, subject)
+    assert after.network().classes == 4
+
+
 def test_the_network_has_the_weights_to_evaluate() -> None:
     found = example()
     network = found.network()

@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 
 from tests.training.synthetic import settings, write_config
-from training.config import Config, ConfigError, from_dict, load
+from training.config import Config, ConfigError, StreamConfig, from_dict, load
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
@@ -100,6 +100,47 @@ def test_faults_are_named_by_key(key: str, value: Any, message: str) -> None:
         inner[last] = {}
     with pytest.raises(ConfigError, match=message):
         from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"surplus": 1}, "config.streams: unknown field 'surplus'"),
+        ({"steps": 0}, "streams.steps and frames must be at least 1"),
+        ({"frames": 0}, "streams.steps and frames must be at least 1"),
+        ({"stay": [6]}, "streams.stay must be two whole numbers of at least 1"),
+        ({"stay": [0, 6]}, "streams.stay must be two whole numbers of at least 1"),
+        ({"stay": [6, 5]}, "streams.stay goes from the lower to the higher number"),
+        ({"blend": [20, 10]}, "streams.blend goes from the lower to the higher number"),
+        ({"validation": [0, 10]}, "streams.validation must be two whole numbers of at least 1"),
+        ({"cuts": 1.1}, "shares: at most 1"),
+        ({"pauses": -0.1}, "streams.pauses must be a finite number, not negative"),
+        ({"nothing_weight": float("nan")}, "streams.nothing_weight must be a finite number"),
+        ({"idle": -1}, "streams.idle must not be negative"),
+        ({"dropped": 1.0}, "streams.dropped must be in"),
+        ({"together": ["view", "view"]}, "streams.together names a group twice"),
+        ({"together": "view"}, "config.streams.together: expected a list"),
+    ],
+)
+def test_faults_of_streams_are_named_by_key(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(settings(streams=section))
+
+
+@pytest.mark.parametrize("head", ["last", "tokens"])
+def test_streams_teach_every_step(head: str) -> None:
+    with pytest.raises(ConfigError, match=f"streams teach every step, and model.head is '{head}'"):
+        from_dict(settings(streams={}, model={"head": head}))
+    assert from_dict(settings(model={"head": head})).streams is None
+
+
+def test_streams_are_absent_or_there_and_come_back_as_they_were(tmp_path: Path) -> None:
+    assert "streams" not in from_dict(settings()).to_dict()
+    for section in ({}, {"together": ["subject", "view"], "stay": [2, 3], "nothing": ""}):
+        config = from_dict(settings(streams=section))
+        assert config.streams is not None
+        assert from_dict(tomllib.loads(tomli_w.dumps(config.to_dict()))) == config
+    assert load(write_config(tmp_path / "c.toml"), ["streams.cuts=0.5"]).streams == StreamConfig(cuts=0.5)
 
 
 @pytest.mark.parametrize("section", [{"schedule": "plateau"}, {"early_stop": 3}])

@@ -110,6 +110,26 @@ def test_two_processes_one_of_which_dies_once_equal_one(settings: Path) -> None:
         torch.testing.assert_close(ours.weights[name], theirs.weights[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_two_processes_on_streams_equal_one(tmp_path: Path) -> None:
+    """Each carries the state of its own streams, and takes its share of those that an epoch is judged by: three, one of them has fewer."""
+    data = write_folder(tmp_path / "clips", clip_set(60))
+    streams = {"steps": 3, "frames": 24, "validation": [3, 4], "together": ["subject"], "nothing_weight": 0.5}
+    sections = SECTIONS | {"train": SECTIONS["train"] | {"epochs": 2, "batch": 5}, "streams": streams}
+    path = write_config(tmp_path / "tiny.toml", data={"path": str(data)}, **sections)
+    run(2, path, tmp_path / "two")
+    alone, splits = tmp_path / "one", load_splits(load_config(path))
+    alone.mkdir()
+    train(load_config(path), splits.training, splits.validation, alone, watch=lambda _: None)
+    together = tmp_path / "two" / "tiny" / "seed-0"
+    for ours, theirs in zip(rows(together), rows(alone), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"waiting", "seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["epoch"], name)
+    ours, theirs = load(together / LAST), load(alone / LAST)
+    for name, value in ours.training_weights.items():
+        torch.testing.assert_close(value, theirs.training_weights[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
 FORKED = """
 import os, socket, sys
 from training.config import ConfigError, TrainConfig

@@ -12,15 +12,16 @@ import torch
 
 from model.indrnn import Recurrence
 from model.network import Network
-from tests.training.synthetic import clip_set, config
+from tests.training.synthetic import clip_set, config, cued_clips, recording_set
 from training import checkpoint, loop
 from training.checkpoint import BEST, LAST, CheckpointError, load
-from training.config import Config, ConfigError
-from training.datasets.clips import ClipSet
-from training.evaluate import evaluate
+from training.config import Config, ConfigError, StreamConfig
+from training.evaluate import evaluate, evaluate_streams
 from training.loop import METRICS, Progress, TrainingDiverged, train
-from training.splits import split
+from training.splits import Data, split
+from training.streams import Streams
 
+STREAM = StreamConfig(together=("subject",))
 GAPPY: dict[str, Any] = {"model": {"missing": True}, "augment": {"drop_joints": 0.3}}
 
 
@@ -28,7 +29,7 @@ class Stop(BaseException):
     """A power cut."""
 
 
-def fit(settings: Config, folder: Path, clips: ClipSet | None = None, *, resume: bool = False, stop: tuple[int, int] = (0, 0)) -> Path:
+def fit(settings: Config, folder: Path, clips: Data | None = None, *, resume: bool = False, stop: tuple[int, int] = (0, 0)) -> Path:
     """Trains in `folder`; `stop` is the epoch and batch after which the power goes (batch 0: after the whole epoch)."""
 
     def watch(progress: Progress) -> None:
@@ -37,7 +38,7 @@ def fit(settings: Config, folder: Path, clips: ClipSet | None = None, *, resume:
 
     parts = split(settings, clips or clip_set(48))
     folder.mkdir(exist_ok=True)
-    return train(settings, parts.training, parts.validation, folder, resume=resume, watch=watch)
+    return train(settings, parts.whole("training"), None if settings.final else parts.whole("validation"), folder, resume=resume, watch=watch)
 
 
 def outcome(folder: Path) -> tuple[Any, ...]:
@@ -282,3 +283,70 @@ def test_half_precision_ends_near_full_precision(tmp_path: Path) -> None:
 def test_the_share_of_time_without_a_batch_is_kept(tmp_path: Path) -> None:
     fit(config(), tmp_path)
     assert all(0 <= json.loads(line)["waiting"] <= 1 for line in (tmp_path / METRICS).read_text().splitlines())
+
+
+STREAMS: dict[str, Any] = {"streams": {"steps": 4, "frames": 16, "validation": [4, 4], "together": ["subject"], "dropped": 0.2}}
+
+
+@pytest.mark.parametrize("stop", [(1, 0), (2, 3)])
+@pytest.mark.parametrize("data", [clip_set(48), recording_set(16)])
+def test_a_resumed_run_on_streams_equals_one_that_was_never_stopped(tmp_path: Path, stop: tuple[int, int], data: Data) -> None:
+    settings = config(**GAPPY, **STREAMS, train={"epochs": 3})
+    fit(settings, tmp_path / "whole", data)
+    with pytest.raises(Stop):
+        fit(settings, tmp_path / "cut", data, stop=stop)
+    torch.rand(7)
+    fit(settings, tmp_path / "cut", data, resume=True)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    rows = outcome(tmp_path / "whole")[2]
+    assert load(tmp_path / "whole" / BEST).best == max(row["validation_accuracy"] for row in rows)
+    assert load(tmp_path / "whole" / BEST).subject.classes[-1] == "nothing"
+
+
+@pytest.mark.parametrize(("sections", "carried"), [(STREAMS, True), ({}, False)])
+def test_on_streams_the_state_is_carried_through_an_epoch_and_on_clips_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], carried: bool
+) -> None:
+    states: list[tuple[torch.Tensor, torch.Tensor]] = []
+    whole = loop._forward
+
+    def forward(*arguments: Any) -> Any:
+        found = whole(*arguments)
+        states.append((arguments[2].clone(), found[2]))
+        return found
+
+    monkeypatch.setattr(loop, "_forward", forward)
+    fit(config(train={"epochs": 2}, **sections), tmp_path)
+    per_epoch = len(states) // 2
+    assert per_epoch > 1
+    for i, (before, after) in enumerate(states):
+        assert not after.requires_grad
+        if carried and i % per_epoch:
+            assert torch.equal(before, states[i - 1][1])
+            assert before.any()
+        else:
+            assert not before.any()
+
+
+def test_a_network_taught_streams_stays_right_on_them_and_one_taught_clips_does_not(tmp_path: Path) -> None:
+    """Clips of which the first frames tell: remembering is easy to learn from clips, forgetting is not."""
+    clips, accuracy = cued_clips(), {}
+    sections: dict[str, Any] = {
+        "model": {"units": 24, "horizon": 0, "dropout": 0.0},
+        "augment": {"noise": 0.02, "speed": 1.0, "cut_start": 0.0, "scale": 0.0},
+    }
+    ways: dict[str, dict[str, Any]] = {
+        "clips": {"train": {"epochs": 25, "batch": 16, "max_frames": 64}},
+        "streams": {"train": {"epochs": 12, "batch": 16}, "streams": {"steps": 10, "frames": 64, "validation": [4, 10], "together": ["subject"]}},
+    }
+    for name, way in ways.items():
+        settings = config(**sections, **way)
+        network = load(fit(settings, tmp_path / name, clips)).network()
+        test = split(settings, clips).named("test")
+        made = Streams(test, replace(STREAM, nothing="nothing" if settings.streams else ""))
+        running = [evaluate_streams(network, [made.stream(form, i, seed=1, actions=20) for i in range(10)]).accuracy for form in made.forms]
+        accuracy[name] = [*running, evaluate(network, test).accuracy]
+    assert accuracy["clips"][2] > 0.95  # it has learnt what there is to learn from clips
+    for form in (0, 1):
+        assert accuracy["streams"][form] > 0.85
+        assert accuracy["streams"][form] > accuracy["clips"][form] + 0.25

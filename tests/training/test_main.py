@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from tests import toy_models
-from tests.training.synthetic import clip_set, write_config, write_folder
+from tests.training.synthetic import clip_set, recording_set, write_config, write_folder, write_recordings
+from training import verify
 from training.__main__ import app, main
 from training.checkpoint import load
 from training.config import load as load_config
@@ -120,6 +121,35 @@ def test_from_a_clip_folder_to_a_verified_file(training: Any, one_line: Any, fol
     model.graph.initializer[0].raw_data = bytes(len(model.graph.initializer[0].raw_data))
     onnx.save(model, tmp_path / "tampered.onnx")
     assert "fingerprint" in training("verify", tmp_path / "tampered.onnx", "--clips", folder).err
+
+
+def test_from_recordings_to_a_verified_file_that_knows_nothing(training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "STREAM_FRAMES", 8_000)
+    monkeypatch.chdir(tmp_path)
+    data = write_recordings(tmp_path / "recordings", recording_set(16))
+    streams = {"steps": 10, "frames": 32, "validation": [4, 4], "together": ["subject"], "whole": 1.0}
+    fit: dict[str, Any] = {"train": {"epochs": 12, "batch": 16}, "model": {"units": 24}}
+    config = write_config(tmp_path / "tiny.toml", data={"reader": "recording_folder"}, augment={"scale": 0.0}, streams=streams, **fit)
+    trained = training("train", config, "--data", data)
+    assert trained.code == 0, trained.err
+    assert "validation, clip by clip" in trained.out
+    run = tmp_path / "runs" / "tiny" / "seed-0"
+    found = load(run / "best.pt")
+    assert f"validation streams, left running: {100 * found.best:.1f} % of the actions are right; epoch {found.epoch} is the best" in trained.err
+    assert load_config(run / "config.toml") == found.config
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"validation_cuts", "validation_smooth", "validation_nothing_accuracy"} <= set(last)
+    assert last["validation_whole"] > 0.8
+
+    evaluated = training("evaluate", run)
+    assert evaluated.code == 0, evaluated.err
+    assert json.loads((run / "test.json").read_text())["clips"] == 20
+    exported = training("export", run)
+    assert exported.code == 0, exported.err
+    manifest = read_manifest(onnx.load(tmp_path / "models" / "tiny" / "1" / "model.onnx"))
+    assert manifest.classes == (*sorted(recording_set(16).classes[:3]), "nothing")
+    assert manifest.stream is not None
+    assert manifest.stream.accuracy_last > 0.8
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -68,6 +68,11 @@ def test_what_cannot_fit_is_said_with_what_is_there_and_what_to_lower(sections: 
     assert lower in str(error.value)
 
 
+def test_what_to_lower_is_named_for_streams_too() -> None:
+    with pytest.raises(ConfigError, match=r"activations of 1000000000 streams of 64 frames .* lower train.batch or streams.frames"):
+        memory.check(config(train={"batch": 10**9}, streams={}), SUBJECT, 64, CPU)
+
+
 def test_what_an_earlier_run_left_is_there_to_take() -> None:
     buffers.empty(torch.Size([1 << 22]), torch.float32)
     assert buffers._pool._returned or buffers._pool.idle

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.training.synthetic import clip_set, config
+from tests.training.synthetic import clip_set, config, recording_set
 from training.config import Config, ConfigError
 from training.datasets.clips import ClipSet, DataError
+from training.distributed import CPU
 from training.loop import train
+from training.preflight import check
 from training.splits import split
 
 
@@ -18,6 +20,12 @@ def spoilt(value: float, part: str = "a") -> ClipSet:
     clips = clip_set(48)
     clips.frames[int(np.flatnonzero(clips.groups["subject"] == part)[1])][2] = value
     return clips
+
+
+def numbered() -> ClipSet:
+    """Clips each of which is alone in its group."""
+    clips = clip_set(48)
+    return replace(clips, groups={**clips.groups, "number": np.arange(48).astype(np.str_)})
 
 
 def refused(settings: Config, folder: Path, clips: ClipSet, error: type[Exception], message: str) -> None:
@@ -38,6 +46,10 @@ def refused(settings: Config, folder: Path, clips: ClipSet, error: type[Exceptio
         ({"model": {"missing": True}}, spoilt(-np.inf), DataError, "has an infinite value"),
         ({"train": {"batch": 10**9}}, clip_set(48), ConfigError, "estimated to need .* lower train.batch"),
         ({"model": {"head": "tokens"}}, clip_set(48), ConfigError, "model.head = tokens"),
+        ({"streams": {"together": ["view"]}}, clip_set(48), ConfigError, "streams.together names 'view', .*; there are: subject, split"),
+        ({"streams": {"nothing": "waving"}}, clip_set(48), ConfigError, "streams.nothing is 'waving', which is an action"),
+        ({"streams": {"together": ["number"]}}, numbered(), DataError, "no two training clips have the same number, so none can follow another"),
+        ({"streams": {"frames": 10**9}}, clip_set(48), ConfigError, "of 8 streams of 1000000000 frames .* lower train.batch or streams.frames"),
     ],
 )
 def test_what_cannot_be_trained_on_is_said_and_nothing_is_touched(
@@ -73,3 +85,24 @@ def test_validation_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = replace(clips, frames=tuple(np.zeros((3, 5), np.float32) for _ in clips.frames))
     with pytest.raises(DataError, match=r"validation clips have frames \(5,\)"):
         train(config(), clips, other, tmp_path, watch=lambda _: None)
+
+
+def test_recordings_are_looked_through_whole() -> None:
+    settings = config(streams={"together": ["subject"]})
+    data = recording_set(16)
+    check(settings, data, data, CPU)
+    spoilt = recording_set(16)
+    spoilt.frames[1][-1] = np.inf  # in no action
+    with pytest.raises(DataError, match="training recording 1 has an infinite value"):
+        check(settings, spoilt, None, CPU)
+    spoilt.frames[1][-1] = np.nan
+    with pytest.raises(ConfigError, match=r"values are missing in validation recordings: set model.missing = true \(the first is recording 1\)"):
+        check(settings, data, spoilt, CPU)
+    with pytest.raises(ConfigError, match="the recordings call it 'nothing'"):
+        check(config(streams={"nothing": "rest"}), data, None, CPU)
+
+
+def test_no_clip_of_nothing_is_asked_for() -> None:
+    check(config(streams={}), clip_set(24), clip_set(24), CPU)
+    with pytest.raises(DataError, match="no training clip is left of class 'jumping'"):
+        check(config(streams={}), replace(clip_set(24), classes=(*clip_set(24).classes, "jumping")), None, CPU)

@@ -237,6 +237,13 @@ def test_stream_accuracy_is_that_of_whole_clips_at_the_first_position(exported: 
     assert measure_stream(runner, replace(clips, labels=labels), 20, 0).accuracy_first == 1.0
 
 
+def test_a_class_that_no_clip_has_is_no_trouble_on_streams(lived_in: Any) -> None:
+    """A network taught streams has one class more than the clips, that of nothing between them."""
+    runner = Runner(toy_models.build(replace(TOY, classes=("rising", "falling", "waving", "nothing"))))
+    report = measure_stream(runner, clip_set(30), 20, 8_000)
+    assert 0 <= report.accuracy_last <= 1
+
+
 def test_self_test_holds_gaps_as_null_and_its_own_scores(exported: Any) -> None:
     runner, clip = Runner(exported["channels"]), clip_set(1, shortest=20).frames[0].copy()
     clip[3] = np.nan
