@@ -35,6 +35,7 @@ from service.sessions import Session
 log = structlog.get_logger("tracks")
 
 STALLED_S = 10.0  # a client that overran its window and so cannot be heard any more is told
+LOOK_S = 1.0  # how often who waits for an ack looks whether it can come
 TOGETHER = 32  # frames of messages that have piled up and are run as one
 _DEFAULTS = Options(scores="all")
 
@@ -278,10 +279,10 @@ class Track:
                 )
             self._acked.clear()
             try:
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(LOOK_S):
                     await self._acked.wait()
             except TimeoutError:
-                stalled = stalled + 1.0 if self._link.paused else 0.0
+                stalled = stalled + LOOK_S if self._link.paused else 0.0
 
 
 def _payload(message: Frames) -> Payload:

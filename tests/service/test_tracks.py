@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.websockets import WebSocket
 
-from service import protocol
+from service import protocol, tracks
 from service.catalog import Catalog
 from service.errors import Draining
 from service.gate import Gate
@@ -110,11 +110,11 @@ def serve(catalog: Catalog, scenario: Callable[[House], Awaitable[Any]], **chang
     return asyncio.run(run())
 
 
-async def opened(wire: Wire, *tracks: int, **options: Any) -> list[str]:
+async def opened(wire: Wire, *numbers: int, **options: Any) -> list[str]:
     """Opens tracks; their sessions."""
-    for track in tracks:
-        wire.say(type="open", track=track, **options)
-    return [(await wire.until(track, "opened"))["session"] for track in tracks]
+    for number in numbers:
+        wire.say(type="open", track=number, **options)
+    return [(await wire.until(number, "opened"))["session"] for number in numbers]
 
 
 def scores(message: Any) -> npt.NDArray[np.float32]:
@@ -482,6 +482,39 @@ def test_a_track_that_overruns_its_window_is_told_at_once_and_the_others_go_on(c
             assert (await wire.until(1, "opened"))["next_frame"] == 64
             wire.frames(1, 64)
             await wire.until(1, "scores")
+
+    serve(catalog, scenario)
+
+
+def test_a_track_that_waits_for_an_ack_already_is_told_at_once_too(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracks, "LOOK_S", 1000.0)
+
+    async def scenario(house: House) -> None:
+        async with house.wire() as wire:
+            await opened(wire, 1)
+            wire.frames(1, 0, 64)
+            await wire.until(1, "scores")
+            wire.frames(1, 64)
+            assert await wire.silent()
+            wire.frames(1, 65, 64)
+            assert (await wire.until(1, "error"))["code"] == "too_many"
+
+    serve(catalog, scenario)
+
+
+def test_an_ack_may_come_before_its_session_is_open(catalog: Catalog) -> None:
+    async def scenario(house: House) -> None:
+        async with house.wire() as wire:
+            (session,) = await opened(wire, 1)
+            wire.frames(1, 0, 64)
+            await wire.until(1, "scores")
+            wire.say(type="close", track=1, keep=True)
+            wire.say(type="open", track=1, session=session)
+            wire.say(type="ack", track=1, first=64)
+            wire.frames(1, 64)
+            await wire.until(1, "opened")
+            assert (await wire.until(1, "scores"))["count"] == 64
+            assert (await wire.until(1, "scores"))["first"] == 64
 
     serve(catalog, scenario)
 
