@@ -1,0 +1,189 @@
+"""The endless benchmark on toys: what it reports of a short stream, and that each bar it has can be missed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tomli_w", reason="tomli-w is not installed (extra `train`): the benchmarks of streams are not tested")
+
+from model.contract import EventRules
+from service.client import Event
+from tests.bench import endless
+from tests.bench.endless import Beside, Memory, Report, Streamed, chance, resident_mb
+from tests.bench.held_out import BenchError, HeldOut, chunks, find, found
+from tests.toy_models import Toy, write_toy
+from tests.training.synthetic import CLASSES, clip_set, write_config, write_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES = EventRules(nothing="nothing", enter=0.4, leave=0.3, least=3, gap=3)
+BODIES = Toy(shape=(13, 3), layout="body-13", classes=(*CLASSES, "nothing"), events=RULES)
+PLAIN = Toy(shape=(13, 3), layout="body-13", classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recordings of people of thirteen joints, a configuration for them, and models with and without a class for nothing."""
+    folder = tmp_path_factory.mktemp("toys")
+    write_toy(folder / "models", "bodies", BODIES)
+    write_toy(folder / "models", "plain", PLAIN)
+    write_toy(folder / "models", "older", PLAIN, version="9")
+    write_toy(folder / "models", "older", BODIES, version="10")
+    write_toy(folder / "models", "channels")
+    data = write_folder(folder / "data", clip_set(60, joints=13))
+    options = {"units": "metres", "fps": 30, "layout": "body-13"}
+    config = write_config(folder / "toy.toml", data={"options": options})
+    return {"models": folder / "models", "data": data, "config": config}
+
+
+def arguments(toys: dict[str, Path], model: str, *more: str) -> list[str]:
+    return [*(value for name, path in toys.items() for value in (f"--{name}", str(path))), "--model", model, *more]
+
+
+@pytest.mark.parametrize("model", ["bodies", "plain"])
+def test_a_short_stream(toys: dict[str, Path], tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "endless.json"
+    monkeypatch.setattr(sys, "argv", ["endless", *arguments(toys, model, "--frames", "4000", "--json", str(file))])
+    status = endless.main()
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    kept = json.loads(file.read_text())
+    assert kept["finite"]
+    assert kept["difference"] == 0
+    assert kept["missed"] == []
+    assert 60 < kept["actions"]["count"] < 250
+    assert len(kept["memory"]["mb"]) > 100
+    assert 20 < kept["memory"]["mb"][0] < 1000
+    assert 0 < kept["state"]["largest"] < 1000
+    assert (kept["events"].get("found", 0) > 0) == (model == "bodies")
+    assert "same bits" in said.out
+    assert ("events that started" in said.out) == (model == "bodies")
+
+
+def test_ctrl_c_leaves_nothing_behind(toys: dict[str, Path]) -> None:
+    command = [sys.executable, "-W", "error", "-m", "tests.bench.endless", *arguments(toys, "plain", "--frames", "10000000")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (children := _children(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "stopped" in said
+    assert "Traceback" not in said
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+def _children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "fault"),
+    [
+        ("absent", {}, "no model there"),
+        ("channels", {}, "the model channels takes (3,)"),
+        ("plain", {"config": "absent.toml"}, "no such file"),
+        ("plain", {"data": "absent"}, "absent"),
+        ("plain", {"frames": "20"}, "ask for more"),
+    ],
+)
+def test_faults_are_one_line(
+    toys: dict[str, Path], model: str, changes: dict[str, str], fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [value for name, text in changes.items() for value in (f"--{name}", text)]
+    monkeypatch.setattr(sys, "argv", ["endless", *arguments(toys, model, *more)])
+    assert endless.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert fault in error
+    assert error.count("\n") == 1
+
+
+def report(**changes: Any) -> Report:
+    """Of a run in which all is well: 200 actions, all but each tenth right."""
+    frames = list(range(0, 1000, 10))
+    memory = Memory(0, frames, changes.pop("mb", [100.0] * len(frames)))
+    scores = changes.pop("scores", np.full((1000, 3), 1 / 3, np.float32))
+    beside = Beside(changes.pop("state", np.full(20, 7.0)), 0.0)
+    right = changes.pop("right", np.arange(200) % 10 > 0)
+    assert not changes
+    return Report({}, Streamed(scores, memory, seconds=1.0), beside, right, 0.9, {})
+
+
+def test_a_run_in_which_all_is_well_misses_nothing() -> None:
+    assert report().missed() == []
+    assert report(state=np.array([5.0] + [9.9] * 19)).missed() == []
+    assert report(mb=[100.0 + (0 if i < 10 else 30.0) for i in range(100)]).missed() == []  # grew while it warmed up
+    assert report(right=np.arange(200) < 196).missed() == []  # four of the last fifty are wrong, which may be luck
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scores": np.where(np.arange(1000)[:, None] < 640, np.float32(0.5), np.float32(np.nan))}, "not finite from frame 640 on"),
+        ({"state": np.array([1.0, 1.0, *[2.1] * 18])}, "the state is not bounded: at most 1 in the first tenth of the frames, 2.1 in the last"),
+        ({"state": np.array([1.0] * 19 + [np.nan])}, "the state is not bounded"),
+        ({"mb": [100 + 0.06 * i for i in range(100)]}, "memory of the service grows by 5.3 MB"),
+        ({"right": np.arange(200) < 190}, "the last 50 actions are recognised less often than the first: 40 against 50"),
+    ],
+)
+def test_each_bar_can_be_missed(changes: dict[str, Any], sentence: str) -> None:
+    missed = report(**changes).missed()
+    assert len(missed) == 1
+    assert sentence in missed[0]
+
+
+def test_chance_is_fishers() -> None:
+    assert chance(3, 1, 4) == pytest.approx((4 * 4 + 1) / 70)  # of 8 choose 4 ways those with at most one right at the end
+    assert chance(50, 50, 50) == 1
+    assert chance(45, 50, 50) == 1
+
+
+def test_memory_is_that_of_the_process() -> None:
+    before = resident_mb(os.getpid())
+    held = np.ones(2**23)  # 64 MB
+    assert 40 < resident_mb(os.getpid()) - before < 90, held[0]
+    with pytest.raises(BenchError, match="cannot be read"):
+        resident_mb(2**22 + 1)
+
+
+def test_the_highest_version_is_the_one_that_is_served(toys: dict[str, Path]) -> None:
+    served = find(toys["models"], "older")
+    assert (served.version, served.manifest.classes) == ("10", BODIES.classes)
+
+
+def test_a_stream_without_end_jumps_nowhere_and_tells_whole_actions(toys: dict[str, Path]) -> None:
+    held = HeldOut(find(toys["models"], "bodies"), toys["config"], toys["data"])
+    pieces = list(held.endless(3000, seed=1))
+    frames = np.concatenate([piece.frames for piece in pieces])
+    assert len(frames) == 3000
+    steps = np.linalg.norm(np.diff(frames.mean(1), axis=0), axis=1)
+    inside = max(float(np.linalg.norm(np.diff(clip.mean(1), axis=0), axis=1).max()) for clip in held.streams.clips.frames)
+    assert steps.max() < 2 * inside
+    starts = np.cumsum([0, *(len(piece.frames) for piece in pieces)])
+    segments = np.concatenate([piece.segments + np.array([start, start, 0]) for piece, start in zip(pieces, starts, strict=False)])
+    assert (segments[:, 0] < segments[:, 1]).all()
+    assert (segments[1:, 0] >= segments[:-1, 1]).all()
+    assert segments[-1, 1] <= 3000
+    assert set(segments[:, 2].tolist()) == {0, 1, 2}
+    repeated = (segments[1:, 2] == segments[:-1, 2]).mean()
+    assert repeated > 0.5  # a third would be the same by chance
+    again = np.concatenate([piece.frames for piece in held.endless(3000, seed=1)])
+    np.testing.assert_array_equal(frames, again)
+    np.testing.assert_array_equal(np.concatenate(list(chunks((piece.frames for piece in pieces), 64))), frames)
+
+
+def test_events_become_rows_and_the_last_may_be_open() -> None:
+    told = [Event("start", "b", 0.9, 10, 12, 0.3), Event("end", "b", 0.8, 20, 22, 0.6), Event("start", "a", 0.7, 22, 25, 0.7)]
+    assert found(told, ("a", "b"), 40).tolist() == [[10, 20, 1, 12], [22, 40, 0, 25]]
+    assert found([], ("a",), 40).shape == (0, 4)
