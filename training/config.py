@@ -98,7 +98,7 @@ class TrainConfig:
     """How to fit."""
 
     epochs: int = 60
-    batch: int = 64  # clips in a step, over all processes
+    batch: int = 64  # clips in a step, or streams, over all processes
     optimizer: Literal["adamw", "adam"] = "adamw"  # adam adds weight decay to the gradient, adamw takes it off the weights
     learning_rate: float = 2e-3
     weight_decay: float = 0.02  # on matrices only, never on u, biases and norms
@@ -110,7 +110,7 @@ class TrainConfig:
     early_stop: int = 0  # epochs without a better validation accuracy after which training ends; 0: never
     class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many clips it has
     label_smoothing: float = 0.1
-    early: float = 0.5  # weight of a clip's first step in the loss, rising to 1 at its last: 0 forgives early doubt, 1 does not
+    early: float = 0.5  # weight of the first step of a clip or action in the loss, rising to 1 at its last: 0 forgives early doubt, 1 does not
     ema: float = 0.0  # decay of the running mean of the weights that is evaluated and exported; 0: the weights themselves
     max_frames: int = 64  # of longer training clips random stretches of consecutive frames are drawn, as many as make up their length
     precision: Precision = "float32"  # of matrix products; weights, sums, state and evaluation stay float32

@@ -79,6 +79,14 @@ def test_raw_cuts_are_clips_end_to_end_of_one_group() -> None:
         assert all(a != b for a, b in itertools.pairwise(chosen))
 
 
+@pytest.mark.parametrize(("repeat", "least", "most"), [(0.0, 0.2, 0.45), (0.7, 0.7, 0.9), (1.0, 1.0, 1.0)])
+def test_an_action_is_done_again_as_often_as_is_said_but_never_by_the_same_clip(repeat: float, least: float, most: float) -> None:
+    stream = streams(labelled(), repeat=repeat).stream("cuts", 0, seed=0, actions=300)
+    labels, clips = stream.segments[:, 2], stream.frames[stream.segments[:, 0], 1]
+    assert least <= (labels[1:] == labels[:-1]).mean() <= most
+    assert (clips[1:] != clips[:-1]).all()
+
+
 def test_a_body_that_moves_from_one_action_to_the_next_never_jumps() -> None:
     made = streams(bodies(), together=("subject",))
     steps = {}
