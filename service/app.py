@@ -22,12 +22,14 @@ from starlette.websockets import WebSocket
 from service.errors import Draining, Malformed, MethodNotAllowed, NotFound, ServiceError, Unauthenticated
 from service.gate import Gate
 from service.metrics import Metrics
+from service.open_inference import HOT
 from service.open_inference import router as open_inference
 from service.predictor import Predictor
 from service.protocol import encode
 from service.routes import router
 from service.sequences import Sequences
 from service.settings import Settings
+from service.shortcut import Shortcut
 from service.streaming import Sockets
 
 log = structlog.get_logger("app")
@@ -65,6 +67,7 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
     async def stream(websocket: WebSocket, name: str) -> None:
         await sockets.serve(websocket, name)
 
+    app.add_middleware(Shortcut, routes=HOT)
     app.add_middleware(Edge, gate=gate, metrics=predictor.metrics)
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refuse)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from model.contract import FRAMES, LENGTHS, Manifest
 from service.bodies import read_body
@@ -286,6 +287,9 @@ for _path in ("systemsharedmemory/{rest:path}", "cudasharedmemory/{rest:path}", 
 for _path in ("generate", "generate_stream"):
     router.add_api_route(f"/v2/models/{{name}}/{_path}", not_supported, methods=["POST"], include_in_schema=False)
     router.add_api_route(f"/v2/models/{{name}}/versions/{{version}}/{_path}", not_supported, methods=["POST"], include_in_schema=False)
+
+
+HOT = [route for route in router.routes if isinstance(route, APIRoute) and route.endpoint is infer]
 
 
 async def _read_fields(request: Request) -> dict[str, Any]:

@@ -22,6 +22,7 @@ LAYERS = {
         ["indrnn", "features", "baselines", "tokens"],
         ["dense", "convolution"],
         ["backbones"],
+        ["boundary"],
         ["network"],
     ],
     "training": [
@@ -38,7 +39,7 @@ LAYERS = {
         ["__main__"],
     ],
     "service": [
-        ["errors", "metrics", "logs", "detector", "statistics"],
+        ["errors", "metrics", "logs", "detector", "statistics", "shortcut"],
         ["settings", "options", "resampler", "compression", "client_values", "client_errors"],
         ["progress"],
         ["engine", "batcher", "sessions", "protocol", "frames", "gate"],
