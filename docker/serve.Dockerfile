@@ -19,8 +19,8 @@ FROM ${BASE}
 WORKDIR /app
 COPY --from=packages /opt/venv /opt/venv
 COPY LICENSE NOTICE ./
-# the two modules of `model` that both halves share
-COPY model/__init__.py model/contract.py model/skeletons.py model/
+# the modules of `model` that both halves share
+COPY model/__init__.py model/contract.py model/events.py model/skeletons.py model/
 COPY service service
 # compiled here, for the root file system may be read-only; /models takes the user's own models
 RUN /opt/venv/bin/python -m compileall -q model service && mkdir /models

@@ -16,7 +16,8 @@ from service.options import NAMES, Options, read_options
 from service.predictor import Predictor
 from service.protocol import Answer, encode, frame_number
 from service.schemas import frames_body, json_body, refusals
-from service.sessions import Cause
+from service.sequences import may_be_guessed
+from service.sessions import Cause, Session
 from service.settings import Settings
 
 router = APIRouter()
@@ -111,8 +112,7 @@ async def open_session(request: Request, name: str, query: Annotated[schemas.Str
 )
 async def step(request: Request, session_id: str, query: Annotated[schemas.StepQuery, Query()]) -> Response:
     """Safe to repeat: frames that were taken are not run again, their kept answers are sent. A message that fails changes nothing."""
-    predictor = _predictor(request)
-    session = predictor.sessions.find(session_id)
+    predictor, session = _predictor(request), _session(request, session_id)
     payload, fields = await read_frames_body(request, _settings(request).body_bytes, ("first",), ("ack", "t"))
     payload.t = fields.get("t")
     if not fields:
@@ -138,8 +138,7 @@ async def step(request: Request, session_id: str, query: Annotated[schemas.StepQ
 )
 async def reset(request: Request, session_id: str) -> Response:
     """Forgets the past at the next frame; numbering goes on, an event that is open ends. Repeating it changes nothing and gives the same answer."""
-    predictor = _predictor(request)
-    session = predictor.sessions.find(session_id)
+    predictor, session = _predictor(request), _session(request, session_id)
     fields = read_json(await read_body(request, 64 * 1024), ("at",))
     events = await predictor.reset(session, frame_number(fields["at"], "at"))
     value: dict[str, Any] = {"next_frame": session.next_frame, "reset_at": session.resets_at}
@@ -179,6 +178,13 @@ async def list_sessions(request: Request) -> Response:
     """Digests only: an id gives its session away."""
     _gate(request).check_management(request.headers)
     return _json({"sessions": [session.facts() for session in _predictor(request).sessions]})
+
+
+def _session(request: Request, session_id: str) -> Session:
+    """The session to act on; pages of other origins must not act on one whose id they can guess."""
+    if may_be_guessed(session_id):
+        _gate(request).check_origin(request.headers)
+    return _predictor(request).sessions.find(session_id)
 
 
 def _models(predictor: Predictor) -> dict[str, Any]:

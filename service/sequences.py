@@ -26,6 +26,11 @@ def session_id(model: str, sequence: int | str) -> str:
     return f"{model}:{'string' if isinstance(sequence, str) else 'uint64'}:{sequence}"
 
 
+def may_be_guessed(session_id: str) -> bool:
+    """Whether a client chose this session's id; whoever knows one that the service chose has been given it."""
+    return ":" in session_id
+
+
 class Sequences:
     """Steps of sequences. `restarts`: whether starting one that is under way begins it anew, as Triton does, or is refused."""
 

@@ -233,6 +233,11 @@ def test_pages_of_other_hosts_may_not_touch_sequences(http: httpx.Client, server
         headers = {} if origin is None else {"origin": origin}
         assert http.post(INFER, json=asking(sequence_id=6, sequence_start=True, sequence_end=True), headers=headers).status_code == status
     assert http.post(INFER, json=asking(), headers={"origin": "https://example.com"}).status_code == 200
+    scores_of(http.post(INFER, json=asking(sequence_id=6, sequence_start=True)))
+    for origin, status in (("https://example.com", 403), (server.url, 200)):
+        for path, body in (("frames", {"first": len(CLIP) - 1, "frames": CLIP[-1:].tolist()}), ("reset", {"at": len(CLIP)})):
+            assert http.post(f"/v1/sessions/channels:uint64:6/{path}", json=body, headers={"origin": origin}).status_code == status
+    http.delete("/v1/sessions/channels:uint64:6").raise_for_status()
 
 
 def test_a_model_called_stats_is_not_served(tmp_path: Path) -> None:
