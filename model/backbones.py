@@ -1,6 +1,7 @@
 """Stacks of recurrent layers. Each turns (T, B, inputs) into (T, B, width) and lists the widths of its states.
 
-`states` is a list with one (B, units) tensor per recurrent layer, in order; the same list comes back, one chunk later.
+`states` is a list with one (B, units) tensor per recurrent layer, in order; the same list comes back, one chunk later. `keep` (T, B) is the share of
+its states that a stack of IndRNNs keeps at each step.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Plain(nn.Module):
         self.dropout = SequenceDropout(config.dropout)
         self.state_widths, self.width = widths[1:], config.units
 
-    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         ends = []
         for cell, before, after, h in zip(self.cells, self.before, self.after, states, strict=True):
             assert isinstance(cell, IndRNN)  # what ModuleList holds, for the type checker
-            x, end = cell.recurrence(normed(before, cell.linear(x), mask), h, mask)
+            x, end = cell.recurrence(normed(before, cell.linear(x), mask), h, mask, keep)
             x = self.dropout(normed(after, x, mask))
             ends.append(end)
         return x, ends
@@ -52,10 +53,10 @@ class ResidualBlock(nn.Module):
             kaiming(linear, config.activation)
         self.dropout = SequenceDropout(config.dropout)
 
-    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         skip, ends = x, []
         for norm, recurrence, linear, h in zip(self.norms, self.recurrences, self.linears, states, strict=True):
-            x, end = recurrence(norm(x, mask), h, mask)
+            x, end = recurrence(norm(x, mask), h, mask, keep)
             x = linear(self.dropout(x))
             ends.append(end)
         return skip + x, ends
@@ -72,12 +73,12 @@ class Residual(nn.Module):
         self.recurrence = Recurrence.of(config, config.units, last=True)
         self.state_widths, self.width = [config.units] * (config.layers + 1), config.units
 
-    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         x, ends = self.enter(x), []
         for i, block in enumerate(self.blocks):
-            x, block_ends = block(x, states[2 * i : 2 * i + 2], mask)
+            x, block_ends = block(x, states[2 * i : 2 * i + 2], mask, keep)
             ends += block_ends
-        x, end = self.recurrence(self.norm(x, mask), states[-1], mask)
+        x, end = self.recurrence(self.norm(x, mask), states[-1], mask, keep)
         return x, [*ends, end]
 
 

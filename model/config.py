@@ -38,6 +38,10 @@ class ModelConfig:
     positions: bool = True  # keep the values themselves (off: only what changes counts, wherever it happens)
     bones: bool = False  # skeletons: add where each joint lies, seen from its parent
     missing: bool = False  # may joints or channels be absent (NaN)
+    reset: Literal["none", "soft"] = "none"  # soft: the network clears its state where it finds that something new begins
+    boundary_units: int = 48  # of each layer of the small stack that finds it
+    boundary_layers: int = 2
+    boundary_horizon: int = 20  # frames that it looks back on
 
     def __post_init__(self) -> None:
         for holds, message in (
@@ -61,6 +65,11 @@ class ModelConfig:
             (self.head != "tokens" or not self.missing, "missing: a token cannot be absent"),
             (all(0 <= rate < 1 for rate in self._dropouts), "dropout rates must be in [0, 1)"),
             (self.view in ("camera", "body"), f"view must be camera or body, got {self.view!r}"),
+            (self.reset in ("none", "soft"), f"reset must be none or soft, got {self.reset!r}"),
+            (self.reset == "none" or self.head == "step", f"reset needs a class at every step to learn where it changes: head is {self.head!r}"),
+            (self.boundary_units >= 1, f"boundary_units must be at least 1, got {self.boundary_units}"),
+            (self.boundary_layers >= 1, f"boundary_layers must be at least 1, got {self.boundary_layers}"),
+            (self.boundary_horizon >= 1, f"boundary_horizon must be at least 1, got {self.boundary_horizon}"),
             (self.motion or self.positions or self.bones, "motion, positions and bones cannot all be off: nothing would be left"),
         ):
             if not holds:
@@ -76,6 +85,7 @@ class ModelConfig:
             (self.memory == "every", "memory initialises u, and {} has none"),
             (self.bound == "clamp", "bound is that of u, and {} has none"),
             (self.activation == "relu", "activation is that of an IndRNN; {} has its own"),
+            (self.reset == "none", "reset clears the state of an IndRNN; {} has gates of its own or none"),
             (self.filters == 0, "filters make an IndRNN layer in front; {} would be no baseline any more"),
         ):
             if not holds:

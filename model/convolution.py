@@ -35,11 +35,11 @@ class PointConvolution(nn.Module):
         self.dropout = SequenceDropout(config.dropout)
         self.state_widths, self.width = [units], units + by
 
-    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         parts = torch.split(x, [points * numbers for points, numbers in self.blocks], dim=-1)
         blocks = list(zip(parts, self.blocks, strict=True))
         maps = torch.cat([part.reshape(-1, *block) for part, block in blocks if block[0] == self.points], -1)  # (T * B, points, maps)
         by = [part for part, block in blocks if block[0] != self.points]
         z = self.convolution(maps.transpose(1, 2)).reshape(*x.shape[:2], self.recurrence.units)
-        y, end = self.recurrence(normed(self.before, z, mask), states[0], mask)
+        y, end = self.recurrence(normed(self.before, z, mask), states[0], mask, keep)
         return torch.cat([self.dropout(normed(self.after, y, mask)), *by], -1), [end]

@@ -24,9 +24,9 @@ class DenseCell(nn.Module):
         self.dropout = SequenceDropout(dropout)
         self.state_widths = [units]
 
-    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         z = normed(self.before, self.indrnn.linear(x), mask)
-        y, end = self.indrnn.recurrence(z, states[0], mask)
+        y, end = self.indrnn.recurrence(z, states[0], mask, keep)
         return self.dropout(normed(self.after, y, mask)), [end]
 
 
@@ -39,9 +39,9 @@ class DenseLayer(nn.Module):
         self.features = DenseCell(BOTTLENECK * config.growth, config.growth, config, config.dropout)
         self.state_widths = self.bottleneck.state_widths + self.features.state_widths
 
-    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-        inner, inner_ends = self.bottleneck(x, states[:1], mask)
-        found, ends = self.features(inner, states[1:], mask)
+    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        inner, inner_ends = self.bottleneck(x, states[:1], mask, keep)
+        found, ends = self.features(inner, states[1:], mask, keep)
         return torch.cat([x, found], -1), inner_ends + ends
 
 
@@ -62,9 +62,9 @@ class Dense(nn.Module):
         self.widths = [part.state_widths for part in parts]
         self.state_widths, self.width = [units for widths in self.widths for units in widths], width
 
-    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, states: list[Tensor], mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         ends: list[Tensor] = []
         for part, widths in zip(self.parts, self.widths, strict=True):
-            x, part_ends = part(x, states[len(ends) : len(ends) + len(widths)], mask)
+            x, part_ends = part(x, states[len(ends) : len(ends) + len(widths)], mask, keep)
             ends += part_ends
         return x, ends

@@ -34,7 +34,7 @@ class Recurrence(nn.Module):
     "ones", for the same: all at the bound, the longest memory there is;
     "normal", for language models: Normal(0.4, 0.2), inside the bound.
 
-    With `penalised` u may leave its bound, at a price: see `penalty`.
+    With `penalised` u may leave its bound, at a price: see `penalty`. Called with keep, it keeps that share of h[t-1] at each step.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Recurrence(nn.Module):
         """As the configuration has it; `last` marks the last recurrence of a stack, to which "last" and "ones" apply."""
         return cls(units, **_options(config, last))
 
-    def forward(self, z: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """z (T, B, units), h (B, units), mask (T, B) -> all states (T, B, units) and the last one (B, units); needs T >= 1."""
-        y = recur(z, self.u, h, mask, self.activation)
+    def forward(self, z: Tensor, h: Tensor, mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z (T, B, units), h (B, units), mask (T, B), keep (T, B) -> all states (T, B, units) and the last one (B, units); needs T >= 1."""
+        y = recur(z, self.u, h, mask, self.activation, keep)
         return y, y[-1]  # masked steps repeat the state, so the last row is the state of every stream
 
     @torch.no_grad()
@@ -80,14 +80,14 @@ class ScoreAverage(nn.Module):
         self.state_width = classes + 1
         self.register_buffer("decay", torch.full((classes + 1,), recurrent_bound(frames)), persistent=False)
 
-    def forward(self, logits: Tensor, h: Tensor, mask: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor, h: Tensor, mask: Tensor, weight: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits (T, B, classes), h (B, classes + 1), mask (T, B) -> averaged probabilities (T, B, classes), next state.
 
-        `weight` (T, B, 1), positive, says how much each step counts; one, where there is none.
+        `weight` (T, B, 1), positive, says how much each step counts; one, where there is none. `keep` (T, B): the share of it that the past keeps at each step.
         """
         p = torch.softmax(logits, -1)
         weight = torch.ones_like(p[..., :1]) if weight is None else weight
-        sums = recur(torch.cat([p * weight, weight], -1), self.decay, h, mask)
+        sums = recur(torch.cat([p * weight, weight], -1), self.decay, h, mask, keep=keep)
         return sums[..., :-1] / sums[..., -1:].clamp(min=1e-6), sums[-1]  # a row that has not begun has neither
 
 
@@ -104,8 +104,8 @@ class IndRNN(nn.Module):
         """As the configuration has it; see `Recurrence.of`."""
         return cls(inputs, units, **_options(config, last))
 
-    def forward(self, x: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.recurrence(self.linear(x), h, mask)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, h: Tensor, mask: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.recurrence(self.linear(x), h, mask, keep)  # type: ignore[no-any-return]
 
 
 def kaiming(layer: Map, activation: Activation = "relu") -> Map:

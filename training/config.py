@@ -111,6 +111,7 @@ class TrainConfig:
     class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many clips it has
     label_smoothing: float = 0.1
     early: float = 0.5  # weight of the first step of a clip or action in the loss, rising to 1 at its last: 0 forgives early doubt, 1 does not
+    boundary: float = 0.1  # weight in the loss of telling where the class changes, for networks with model.reset
     ema: float = 0.0  # decay of the running mean of the weights that is evaluated and exported; 0: the weights themselves
     max_frames: int = 64  # of longer training clips random stretches of consecutive frames are drawn, as many as make up their length
     precision: Precision = "float32"  # of matrix products; weights, sums, state and evaluation stay float32

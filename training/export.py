@@ -1,7 +1,8 @@
 """A trained network becomes an ONNX graph.
 
-The recurrence of every layer is one `indrnn::Recurrence` node. Its meaning is an ONNX local function whose body is a `Scan`, so
-the file is standard ONNX, any batch and time fit, and the body can be exchanged per device without touching the weights.
+The recurrence of every layer is one `indrnn::Recurrence` node, or `indrnn::GatedRecurrence` where the network resets itself. Its meaning is an
+ONNX local function whose body is a `Scan`, so the file is standard ONNX, any batch and time fit, and the body can be exchanged per device
+without touching the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from model.dense import DenseCell
 from model.indrnn import IndRNN
 from model.layers import SequenceNorm
 from model.network import Network
-from model.recurrence import HOLD, ONNX_DOMAIN, RECURRENCES
+from model.recurrence import GATED_RECURRENCES, HOLD, ONNX_DOMAIN, RECURRENCES
 
 OPSET = 20
 
@@ -71,9 +72,10 @@ def fold(network: Network) -> Network:
     linear map or the head; and in dense stacks for norms before the recurrence.
     """
     network = copy.deepcopy(network).eval()
+    heads = {network.boundary.stack: network.boundary.head} if network.boundary else {}
     for module in network.modules():
         if isinstance(module, Plain):
-            _fold_plain(module, network.head)
+            _fold_plain(module, heads.get(module, network.head))
         elif isinstance(module, Baseline):
             _fold_baseline(module, network.head)
         elif isinstance(module, DenseCell) and isinstance(module.before, SequenceNorm):
@@ -117,26 +119,32 @@ def _functions() -> dict[str, Callable[[], onnx.FunctionProto]]:
     """What makes each local function, by name."""
     activations = {"relu": "Relu", "tanh": "Tanh", "identity": "Identity"}
     recurrences = {name: functools.partial(_recurrence, name, activations[activation]) for activation, name in RECURRENCES.items()}
+    gated = {name: functools.partial(_recurrence, name, activations[activation], gated=True) for activation, name in GATED_RECURRENCES.items()}
     cells = {"rnn": _rnn("Tanh"), "irnn": _rnn("Relu"), "gru": _gru(), "lstm": _lstm()}
-    return {**recurrences, HOLD: _hold, **{name: functools.partial(_baseline, name, cells[kind]) for kind, name in FUNCTIONS.items()}}
+    return {**recurrences, **gated, HOLD: _hold, **{name: functools.partial(_baseline, name, cells[kind]) for kind, name in FUNCTIONS.items()}}
 
 
-def _recurrence(name: str, activation: str) -> onnx.FunctionProto:
-    """h[t] = mask[t] ? activation(z[t] + u * h[t-1]) : h[t-1]; inputs z (T, B, N), u (N), h (B, N), mask (T, B, 1)."""
+def _recurrence(name: str, activation: str, *, gated: bool = False) -> onnx.FunctionProto:
+    """h[t] = mask[t] ? activation(z[t] + u * h[t-1]) : h[t-1]; inputs z (T, B, N), u (N), h (B, N), mask (T, B, 1).
+
+    Gated, with keep (T, B, 1) as the last input and keep[t] * h[t-1] in the place of the h[t-1] that u weighs.
+    """
     body = helper.make_graph(
         [
-            helper.make_node("Mul", ["h", "u"], ["remembered"]),
+            *([helper.make_node("Mul", ["keep_t", "h"], ["kept"])] if gated else []),
+            helper.make_node("Mul", ["kept" if gated else "h", "u"], ["remembered"]),
             helper.make_node("Add", ["z_t", "remembered"], ["sum"]),
             helper.make_node(activation, ["sum"], ["moved"]),
             helper.make_node("Where", ["mask_t", "moved", "h"], ["h_next"]),
             helper.make_node("Identity", ["h_next"], ["y_t"]),
         ],
         "step",
-        [_float("h", "b", "n"), _float("z_t", "b", "n"), _bool("mask_t", "b", 1)],
+        [_float("h", "b", "n"), _float("z_t", "b", "n"), _bool("mask_t", "b", 1), *([_float("keep_t", "b", 1)] if gated else [])],
         [_float("h_next", "b", "n"), _float("y_t", "b", "n")],
     )  # u is taken from the function's own inputs
-    scan = helper.make_node("Scan", ["h0", "z", "mask"], ["h_last", "y"], body=body, num_scan_inputs=2)
-    return helper.make_function(ONNX_DOMAIN, name, ["z", "u", "h0", "mask"], ["y"], [scan], [helper.make_opsetid("", OPSET)])
+    scanned = ["z", "mask", "keep"] if gated else ["z", "mask"]
+    scan = helper.make_node("Scan", ["h0", *scanned], ["h_last", "y"], body=body, num_scan_inputs=len(scanned))
+    return helper.make_function(ONNX_DOMAIN, name, ["z", "u", "h0", *scanned[1:]], ["y"], [scan], [helper.make_opsetid("", OPSET)])
 
 
 def _baseline(name: str, step: list[onnx.NodeProto]) -> onnx.FunctionProto:

@@ -26,7 +26,7 @@ from training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, build, 
 from training.config import Config, TrainConfig
 from training.distributed import Group, choose_device
 from training.feed import Feed, feed
-from training.loss import sequence_loss
+from training.loss import boundary_loss, sequence_loss
 from training.memory import BATCHES_AHEAD
 from training.prefetch import Prefetch
 from training.preflight import check
@@ -167,7 +167,7 @@ class _Run:
         """One step of the optimiser: loss and judged steps that are right, of the whole batch, and the state to go on with."""
         config, network, optimizer, scaler = self.config.train, self.network, self.optimizer, self.scaler
         with self.half:
-            loss, logits, state = _forward(network, batch, state, config)
+            loss, logits, state = _forward(network, batch, state, config, self.share.batch)
             loss = loss + network.penalty() / self.group.size
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -198,12 +198,17 @@ class _Run:
         return improved
 
 
-def _forward(network: Network, batch: Batch, state: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, this process's part of it, logits (B, T, classes), and the state to go on with, through which no gradient goes back."""
-    steps, logits, state = network.outputs(batch.frames, batch.lengths, state)
+def _forward(network: Network, batch: Batch, state: Tensor, config: TrainConfig, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, this process's part of it, logits (B, T, classes), and the state to go on with, through which no gradient goes back.
+
+    `rows` are those of the whole batch.
+    """
+    steps, logits, state, boundary = network.outputs(batch.frames, batch.lengths, state)
     loss = sequence_loss(logits, batch, config)
     if steps is not logits:  # an average is right only where its steps are: both are taught
         loss = (loss + sequence_loss(steps, batch, config)) / 2
+    if boundary is not None:
+        loss = loss + config.boundary * boundary_loss(boundary, batch, rows)
     return loss, logits.detach(), state.detach().float()
 
 

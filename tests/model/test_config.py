@@ -45,6 +45,12 @@ def test_cannot_be_changed() -> None:
         ({"dropout": float("nan")}, "dropout"),
         ({"input_dropout": -0.1}, "dropout"),
         ({"view": "side"}, "view"),
+        ({"reset": "hard"}, "reset must be none or soft, got 'hard'"),
+        ({"reset": "soft", "head": "last"}, "reset needs a class at every step to learn where it changes: head is 'last'"),
+        ({"reset": "soft", "head": "tokens"}, "reset needs a class at every step"),
+        ({"boundary_units": 0}, "boundary_units"),
+        ({"boundary_layers": 0}, "boundary_layers"),
+        ({"boundary_horizon": 0}, "boundary_horizon"),
         ({"motion": False, "positions": False}, "motion, positions and bones"),
     ],
 )
@@ -67,6 +73,7 @@ def test_plain_stacks_may_have_any_number_of_layers() -> None:
         ({"activation": "tanh"}, "activation is that of an IndRNN"),
         ({"bound": "penalty"}, "bound is that of u"),
         ({"filters": 2}, "filters make an IndRNN layer"),
+        ({"reset": "soft"}, "reset clears the state of an IndRNN"),
     ],
 )
 def test_a_baseline_refuses_what_only_an_indrnn_has(kind: Any, changes: dict[str, Any], named: str) -> None:

@@ -14,6 +14,7 @@ from model.layers import SequenceNorm
 from model.network import Network
 
 NAN = float("nan")
+RESET = {"reset": "soft", "boundary_units": 5, "boundary_layers": 2}
 KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...], str | None]] = {
     "channels": ({"kind": "plain", "layers": 2, "norm": "after"}, (4,), None),
     "channels, missing": ({"kind": "plain", "layers": 2, "norm": "before", "missing": True, "horizon": 20}, (4,), None),
@@ -25,6 +26,9 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...], str | None]] = {
     "gru": ({"kind": "gru", "layers": 2}, (4,), None),
     "averaged, weighted": ({"kind": "residual", "layers": 2, "average": 12, "weighted": True, "horizon": 20}, (4,), None),
     "lstm, averaged": ({"kind": "lstm", "layers": 2, "average": 12}, (4,), None),
+    "reset": ({"kind": "plain", "layers": 2, "average": 12, "weighted": True, "horizon": 30, "missing": True} | RESET, (4,), None),
+    "reset, residual": ({"kind": "residual", "layers": 2, "horizon": 30} | RESET, (13, 3), "body-13"),
+    "reset, dense": ({"kind": "dense", "blocks": (2, 1), "growth": 3, "filters": 2, "average": 9, "horizon": 10} | RESET, (4,), None),
 }
 
 
@@ -36,6 +40,9 @@ def network(kind: str, **changes: Any) -> Network:
         if isinstance(module, SequenceNorm):
             nn.init.normal_(module.running_mean, 0, 0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)
+    if made.boundary:
+        nn.init.normal_(made.boundary.head.weight)
+        nn.init.zeros_(made.boundary.head.bias)
     return made.eval()
 
 
@@ -203,6 +210,8 @@ def test_horizon_is_what_the_weights_came_to_where_nothing_clamps_them() -> None
         ("convolved", ("plain, convolution", 2, 8)),
         ("dense", ("dense, convolution", 10, 18)),
         ("gru", ("gru", 2, 8)),
+        ("reset", ("plain, soft reset", 2, 8)),
+        ("reset, dense", ("dense, convolution, soft reset", 10, 18)),
     ],
 )
 def test_architecture_says_what_the_network_is(kind: str, said: tuple[str, int, int]) -> None:
@@ -211,6 +220,57 @@ def test_architecture_says_what_the_network_is(kind: str, said: tuple[str, int, 
     assert (architecture.kind, architecture.layers, architecture.units) == said
     assert architecture.parameters == sum(p.numel() for p in made.parameters())
     assert network("channels", activation="tanh").architecture().kind == "plain, tanh"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("reset")])
+def test_a_full_reset_leaves_nothing_of_the_past_in_any_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the state was: after a step that keeps nothing, all of it but the features' and the boundary stack's own is the same."""
+    made = network(kind)
+    assert made.boundary is not None
+    run = made.boundary.forward
+    monkeypatch.setattr(
+        made.boundary, "forward", lambda x, states, mask: (*(y * (i == 0) for i, y in enumerate(run(x, states, mask)[:2])), run(x, states, mask)[2])
+    )
+    x, lengths = clips(made, 2, 1), torch.ones(2, dtype=torch.int64)
+    x[1] = x[0]
+    state = made.initial_state(2)
+    first, last = made.state_widths[0], sum(made.boundary.state_widths)
+    state[1, first:-last] = torch.rand(made.state_width - first - last)
+    with torch.no_grad():
+        logits, end = made(x, lengths, state)
+        monkeypatch.undo()
+        others, other_end = made(x, lengths, state)
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(end[0, first:-last], end[1, first:-last])
+    assert (others[0] - others[1]).abs().max() > 0.01
+    assert (other_end[0, first:-last] - other_end[1, first:-last]).abs().max() > 0.1
+    assert torch.equal(other_end[:, -last:], end[:, -last:])  # it is not cleared itself
+
+
+def test_boundaries_come_with_the_outputs_and_leave_networks_without_them_as_they_are() -> None:
+    made, plain = network("reset"), network("reset", reset="none")
+    x, lengths = clips(made, 2, 7), torch.tensor([7, 3])
+    found, without = made.outputs(x, lengths, made.initial_state(2)), plain.outputs(x, lengths, plain.initial_state(2))
+    assert found.boundary is not None
+    assert found.boundary.shape == (2, 7)
+    assert without.boundary is None
+    weights = dict(made.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in plain.named_parameters())  # the same seed gives the same network
+    assert made.state_widths == [*plain.state_widths, 5, 5]
+
+
+def test_what_is_wrong_in_the_scores_reaches_what_clears_the_state() -> None:
+    made = network("reset").train()
+    x = clips(made, 3, 9)
+    made(x, torch.tensor([9, 9, 4]), made.initial_state(3))[0][:, :4].square().sum().backward()
+    assert made.boundary is not None
+    assert all(p.grad is not None and bool(p.grad.any()) for p in made.boundary.parameters())
+
+
+def test_a_boundary_stack_that_looks_back_further_than_the_others_is_the_horizon() -> None:
+    assert network("reset").horizon() == 30
+    assert network("reset, dense").horizon() == 20
+    assert network("reset", horizon=0).horizon() == 0  # nothing bounds the others
 
 
 def test_features_say_of_which_blocks_they_are_made() -> None:

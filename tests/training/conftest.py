@@ -18,6 +18,7 @@ from training.export import to_onnx
 KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...], str | None]] = {
     "channels": ({"kind": "plain", "layers": 2, "norm": "after", "missing": True, "horizon": 20}, (2,), None),
     "body": ({"kind": "residual", "layers": 2, "view": "body", "missing": True, "horizon": 30}, (13, 3), "body-13"),
+    "reset": ({"kind": "plain", "layers": 2, "average": 10, "weighted": True, "reset": "soft", "boundary_units": 5, "horizon": 20}, (2,), None),
     "bare": ({"kind": "plain", "layers": 1, "norm": "before", "motion": False, "average": 10}, (2,), None),
 }
 

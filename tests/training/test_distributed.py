@@ -181,7 +181,7 @@ def test_a_process_without_rows_takes_part_with_gradients_of_zero(kind: str) -> 
     settings = config(model={"kind": kind, "horizon": 0, "average": 4, "norm": "after"})
     network = build(settings, Subject.of(clip_set(6))).train()
     batch = collate([np.zeros((3, 2), np.float32)] * 2, [0, 1]).take(Group(4, 5).rows)
-    _, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(0))
+    logits = network.outputs(batch.frames, batch.lengths, network.initial_state(0)).logits
     sequence_loss(logits, batch, settings.train).backward()
     assert all(p.grad is not None and not p.grad.any() for p in network.parameters())
 

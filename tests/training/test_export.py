@@ -23,7 +23,7 @@ from training.export import fold, to_onnx
 from training.onnx_file import fingerprint, interface
 from training.verify import Runner
 
-KINDS = ["channels", "body", "bare"]
+KINDS = ["channels", "body", "bare", "reset"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def through_torch(network: Network, frames: np.ndarray, lengths: list[int], stat
 def test_one_node_per_recurrent_layer(kind: str, exported: Any, networks: dict[str, Network]) -> None:
     model = exported[kind]
     nodes = [node.op_type for node in model.graph.node if node.domain == ONNX_DOMAIN]
-    assert nodes.count("Recurrence") == sum(isinstance(module, Recurrence | ScoreAverage) for module in networks[kind].modules())
+    recurrences = sum(isinstance(module, Recurrence | ScoreAverage) for module in networks[kind].modules())
+    ungated = recurrences if networks[kind].boundary is None else networks[kind].config.boundary_layers
+    assert (nodes.count("Recurrence"), nodes.count("GatedRecurrence")) == (ungated, recurrences - ungated)
     assert nodes.count("Hold") == networks[kind].config.missing
     assert {function.name for function in model.functions} == set(nodes)
     assert not any(node.op_type in ("Scan", "Loop", "If") for node in model.graph.node)
@@ -172,13 +174,34 @@ def test_two_exports_of_the_same_weights_are_the_same_file(exported: Any, networ
     assert torch.equal(torch.get_rng_state(), before)  # an export in the middle of a run changes nothing of it
 
 
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+def test_a_reset_of_other_activations(lived_in: Callable[..., Network], activation: Any) -> None:
+    network = lived_in(ModelConfig(kind="plain", layers=1, units=6, horizon=20, activation=activation, reset="soft", boundary_units=4, boundary_layers=1), (2,))
+    runner, frames = Runner(to_onnx(network)), np.random.default_rng(0).normal(0, 1, (3, 20, 2)).astype(np.float32)
+    state, lengths = np.random.default_rng(1).random((3, runner.state_width), np.float32), [20, 9, 0]
+    for ours, theirs in zip(runner(frames, lengths, state), through_torch(network, frames, lengths, state), strict=True):
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 99))
+def test_a_network_that_resets_itself_frame_by_frame_and_in_a_batch_to_the_bit(runners: Any, seed: int) -> None:
+    runner, rng = runners["reset"], np.random.default_rng(seed)
+    frames, state = frames_for(runner, 5, 19, gaps=False, seed=seed), runner.zeros(5)
+    together, end = runner(frames, [19] * 5, state)
+    for row in range(5):
+        in_chunks, chunk_end = runner.chunked(frames[row], rng)
+        assert np.array_equal(in_chunks, together[row])
+        assert np.array_equal(chunk_end, end[row])
+
+
 @settings(deadline=None, max_examples=20)
-@given(norm=st.sampled_from(["before", "after", "none"]), layers=st.integers(1, 3), seed=st.integers(0, 99))
-def test_folding_changes_no_score(lived_in: Callable[..., Network], norm: Any, layers: int, seed: int) -> None:
-    network = lived_in(ModelConfig(kind="plain", layers=layers, units=6, norm=norm, dropout=0.3), (3,), seed=seed)
+@given(norm=st.sampled_from(["before", "after", "none"]), layers=st.integers(1, 3), seed=st.integers(0, 99), reset=st.sampled_from(["none", "soft"]))
+def test_folding_changes_no_score(lived_in: Callable[..., Network], norm: Any, layers: int, seed: int, reset: Any) -> None:
+    network = lived_in(ModelConfig(kind="plain", layers=layers, units=6, norm=norm, dropout=0.3, reset=reset, boundary_units=4), (3,), seed=seed)
     folded = fold(network)
     assert not any(isinstance(module, SequenceNorm) for module in folded.modules())
-    assert sum(isinstance(module, SequenceNorm) for module in network.modules()) == (0 if norm == "none" else layers)
+    assert sum(isinstance(module, SequenceNorm) for module in network.modules()) == (0 if norm == "none" else layers + 2 * (reset == "soft"))
     frames, lengths, state = torch.randn(3, 15, 3), torch.tensor([15, 4, 0]), torch.rand(3, network.state_width)
     with torch.no_grad():
         expected, end = network(frames, lengths, state)

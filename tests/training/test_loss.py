@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from training.batches import Batch, Weighting, collate
 from training.config import TrainConfig
-from training.loss import class_weights, sequence_loss
+from training.loss import boundary_loss, class_weights, sequence_loss
 from training.streams import NO_CLASS
 
 
@@ -85,3 +85,46 @@ def test_frames_without_a_class_count_nothing() -> None:
     assert logits.grad is not None
     assert not logits.grad[0, 1].any()
     assert logits.grad[0, 0].all()
+
+
+def _labelled(labels: list[list[int]], lengths: list[int] | None = None) -> Batch:
+    rows = torch.tensor(labels)
+    judged = torch.ones(rows.shape, dtype=torch.bool)
+    counts = torch.tensor(lengths or [rows.shape[1]] * len(rows))
+    return Batch(torch.zeros(*rows.shape, 2), counts, rows, torch.full(rows.shape, 1 / rows.numel()), judged)
+
+
+def test_something_new_has_begun_for_four_frames_from_a_change_of_class_on() -> None:
+    batch = _labelled([[0] * 6 + [1] * 6, [2] * 12])
+    logits = torch.zeros(2, 12, requires_grad=True)
+    boundary_loss(logits, batch, 2).backward()
+    assert logits.grad is not None
+    said = [["" if g == 0 else "new" if g < 0 else "old" for g in row] for row in logits.grad.tolist()]
+    assert said == [["", "", "", "", "old", "old", "new", "new", "new", "new", "old", "old"], [""] * 4 + ["old"] * 8]
+
+
+def test_of_the_first_frames_only_those_count_that_a_change_in_sight_decides() -> None:
+    batch = _labelled([[0, 0, 1, 1, 1, 1, 1, 1]])
+    logits = torch.zeros(1, 8, requires_grad=True)
+    boundary_loss(logits, batch, 1).backward()
+    assert logits.grad is not None
+    assert logits.grad[0].sign().tolist() == [0, 0, -1, -1, -1, -1, 1, 1]
+
+
+def test_boundary_loss_is_the_mean_cross_entropy_of_known_frames_row_by_row() -> None:
+    batch = _labelled([[0] * 5 + [NO_CLASS] * 5, [1] * 10], [10, 7])
+    logits = torch.randn(2, 10)
+    targets = torch.tensor([[0.0] * 5 + [1.0] * 4 + [0.0], [0.0] * 10])
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    torch.testing.assert_close(boundary_loss(logits, batch, 2), (losses[0, 4:].mean() + losses[1, 4:7].mean()) / 2)
+    logits[1, 7:] = float("nan")  # padding
+    assert boundary_loss(logits, batch, 2).isfinite()
+
+
+def test_boundary_losses_of_parts_add_up_to_that_of_the_whole_and_short_clips_have_none() -> None:
+    labels = torch.randint(0, 3, (5, 9), generator=torch.Generator().manual_seed(0))
+    batch, logits = _labelled(labels.tolist(), [9, 1, 4, 7, 9]), torch.randn(5, 9)
+    parts = [batch.take(slice(rank, None, 6)) for rank in range(6)]  # the last has no rows
+    losses = [boundary_loss(logits[rank::6, : part.frames.shape[1]], part, 5) for rank, part in enumerate(parts)]
+    torch.testing.assert_close(sum(losses), boundary_loss(logits, batch, 5))
+    assert boundary_loss(logits[:, :1], _labelled([[0]] * 5), 5) == 0

@@ -27,7 +27,7 @@ settings = config(model={"units": 256, "layers": 4, "kind": sys.argv[1], "horizo
 network = build(settings, SUBJECT)
 def step(clips, frames):
     batch = collate([np.zeros((frames, 2), np.float32)] * clips, [0] * clips)
-    _, logits, _ = network.outputs(batch.frames, batch.lengths, network.initial_state(clips))
+    logits = network.outputs(batch.frames, batch.lengths, network.initial_state(clips)).logits
     sequence_loss(logits, batch, settings.train).backward()
 def peak():
     return memory._field(Path("/proc/self/status"), "VmHWM:")
