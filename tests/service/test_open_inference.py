@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gzip
 import json
 import socket
@@ -15,6 +16,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from service import open_inference
@@ -162,6 +165,49 @@ def test_faults_are_named_and_leave_the_sequence_as_it_was(http: httpx.Client, n
     assert ("accept-encoding" in answer.headers) == (status == 415)
     rest = http.post(INFER, json=asking(CLIP[None, 5:], **sequence, sequence_end=True))
     assert scores_of(rest)[0].tobytes() == whole(http)[5:].tobytes()
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**65), 2**65)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["", "FP32", "scores", "\U0001f9ff"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "shape", "data", "sequence_id"]), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a value inside a JSON value can be replaced."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, one in inner for place in places(one, (*path, key)))]
+
+
+WHOLE = {
+    "id": "a",
+    "inputs": [described(CLIP[None, :2]), {"name": "lengths", "shape": [1], "datatype": "INT64", "data": [2]}],
+    "outputs": [{"name": "scores", "parameters": {"binary_data": True, "classification": 2}}],
+    "parameters": {"sequence_id": "any", "sequence_start": True, "sequence_end": True, "sequence_step": 0, "timeout": 10**7, "priority": 1},
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(places(WHOLE)[1:]), VALUES), min_size=1, max_size=2))
+def test_whatever_is_sent_nothing_breaks(http: httpx.Client, changes: list[tuple[tuple[Any, ...], Any]]) -> None:
+    body: Any = copy.deepcopy(WHOLE)
+    for path, value in changes:
+        inner = body
+        try:
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+        except (TypeError, IndexError, KeyError):  # the change before has taken that place away
+            continue
+    answer = http.post(INFER, content=json.dumps(body).encode())
+    assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
+    if answer.status_code != 200:
+        assert answer.json()["error"]
 
 
 def test_too_large_without_saying_so(http: httpx.Client) -> None:
@@ -332,9 +378,9 @@ def test_a_client_that_leaves_in_the_middle(http: httpx.Client, raw: Callable[[]
 
 
 def serving(models: Path, **changes: Any) -> tuple[Any, Predictor]:
-    settings = Settings(**changes)
-    predictor = Predictor(Catalog.load([models], "cpu", 1), settings, Metrics())
-    return create_app(predictor, settings), predictor
+    chosen = Settings(**changes)
+    predictor = Predictor(Catalog.load([models], "cpu", 1), chosen, Metrics())
+    return create_app(predictor, chosen), predictor
 
 
 def test_what_fails_inside_tells_nothing_of_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
