@@ -28,11 +28,11 @@ from service.client_async import AsyncClient
 from service.client_errors import ClientError, StreamClosed, Unreachable, error_from
 from service.client_stream import AsyncStream
 from service.client_tracks import AsyncTracks
-from service.client_values import TOP, Answer, Event, Frames, Model, OnEvent, Retry, StreamOptions
+from service.client_values import TOP, Answer, Event, Frames, Model, OnEvent, Piece, Retry, StreamOptions, Timed
 
 __all__ = [
     "TOP", "Answer", "AsyncClient", "AsyncStream", "AsyncTracks", "Client", "ClientError", "Event", "Model", "OnEvent", "Retry", "Stream",
-    "StreamClosed", "StreamOptions", "Tracks", "Unreachable", "error_from",
+    "StreamClosed", "StreamOptions", "Timed", "Tracks", "Unreachable", "error_from",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -137,9 +137,9 @@ class Stream:
         if self._loop.running:  # else it ended with its client
             self._loop.call(self.inner.close(keep=keep))
 
-    def send(self, frames: npt.ArrayLike) -> int:
+    def send(self, frames: npt.ArrayLike, t: npt.ArrayLike | None = None) -> int:
         """As `AsyncStream.send`; with one thread, read the answers before `window` frames are out."""
-        return self._loop.call(self.inner.send(frames))
+        return self._loop.call(self.inner.send(frames, t))
 
     def reset(self) -> None:
         self._loop.call(self.inner.reset())
@@ -153,9 +153,9 @@ class Stream:
         except StopAsyncIteration:
             raise StopIteration from None
 
-    def play(self, source: Frames | Iterable[npt.ArrayLike], *, chunk: int = 1) -> Iterator[Answer]:
+    def play(self, source: Frames | Iterable[Piece], *, chunk: int = 1, t: npt.ArrayLike | None = None) -> Iterator[Answer]:
         """As `AsyncStream.play`; an iterable is read on a thread of its own, so it may wait for a camera."""
-        answers = self.inner.play(source if isinstance(source, np.ndarray) else _off_loop(iter(source)), chunk=chunk)
+        answers = self.inner.play(source if isinstance(source, np.ndarray) else _off_loop(iter(source)), chunk=chunk, t=t)
         turn = asyncio.Lock()
         try:
             while True:

@@ -15,7 +15,8 @@ from service.client_errors import ClientError, Unreachable, http_refusal, nobody
 from service.client_socket import Dialer
 from service.client_stream import AsyncStream
 from service.client_tracks import AsyncTracks
-from service.client_values import TOP, Answer, Model, OnEvent, Retry, StreamOptions, opening
+from service.client_values import TOP, Answer, Model, OnEvent, Retry, StreamOptions, as_times, opening
+from service.protocol import encode, for_json
 
 ScoresOption = Literal["last", "all", "none"]
 
@@ -54,11 +55,21 @@ class AsyncClient:
         return Model.from_json(await self._call("GET", f"/v1/models/{_part(name)}", version=version))
 
     async def predict(
-        self, name: str, frames: npt.ArrayLike, *, version: str | None = None, layout: str | None = None, scores: ScoresOption = "last", top_k: int = TOP
+        self,
+        name: str,
+        frames: npt.ArrayLike,
+        *,
+        t: npt.ArrayLike | None = None,
+        version: str | None = None,
+        layout: str | None = None,
+        fps: float | None = None,
+        scores: ScoresOption = "last",
+        top_k: int = TOP,
     ) -> Answer:
-        """Classifies a clip (count, *frame_shape) on its own; NaN is missing."""
-        query = {"version": version, "layout": layout, "scores": scores, "top_k": top_k}
-        return Answer.from_json(await self._call("POST", f"/v1/models/{_part(name)}/predict", frames, **query))
+        """Classifies a clip (count, *frame_shape) on its own; NaN is missing. `fps` where it is not the model's, or the times `t` (count,) in seconds."""
+        query = {"version": version, "layout": layout, "fps": fps, "scores": scores, "top_k": top_k}
+        body = _raw(frames) if t is None else _timed(frames, t)
+        return Answer.from_json(await self._call("POST", f"/v1/models/{_part(name)}/predict", body, **query))
 
     def stream(self, name: str, *, on_event: OnEvent | None = None, **options: Unpack[StreamOptions]) -> AsyncStream:
         """A stream on a new session, or on `session`; then `ack` asks for its kept answers from that frame on. It has a connection of its own."""
@@ -73,32 +84,42 @@ class AsyncClient:
 
     # Sessions over REST: for programs that post frames now and then.
 
-    async def open_session(self, name: str, *, version: str | None = None, layout: str | None = None) -> dict[str, Any]:
+    async def open_session(self, name: str, *, version: str | None = None, layout: str | None = None, fps: float | None = None) -> dict[str, Any]:
         """A new session; `session` in the result is its id, `next_frame` the number of its first frame."""
-        return await self._call("POST", f"/v1/models/{_part(name)}/sessions", version=version, layout=layout)
+        return await self._call("POST", f"/v1/models/{_part(name)}/sessions", version=version, layout=layout, fps=fps)
 
     async def session(self, session: str) -> dict[str, Any]:
         return await self._call("GET", f"/v1/sessions/{_part(session)}")
 
     async def advance(
-        self, session: str, first: int, frames: npt.ArrayLike, *, ack: int | None = None, scores: ScoresOption = "last", top_k: int = TOP
+        self,
+        session: str,
+        first: int,
+        frames: npt.ArrayLike,
+        *,
+        t: npt.ArrayLike | None = None,
+        ack: int | None = None,
+        scores: ScoresOption = "last",
+        top_k: int = TOP,
     ) -> Answer:
-        """Sends frames (count, *frame_shape) of which the first has number `first`; may be repeated when the answer was lost."""
-        query = {"first": first, "ack": ack, "scores": scores, "top_k": top_k}
-        return Answer.from_json(await self._call("POST", f"/v1/sessions/{_part(session)}/frames", frames, **query))
+        """Sends frames (count, *frame_shape) of which the first has number `first`, with their times `t` (count,) if the stream began with times.
+
+        May be repeated when the answer was lost.
+        """
+        numbers = _given({"first": first, "ack": ack})
+        query = {"scores": scores, "top_k": top_k}
+        body, query = (_raw(frames), query | numbers) if t is None else (_timed(frames, t, **numbers), query)
+        return Answer.from_json(await self._call("POST", f"/v1/sessions/{_part(session)}/frames", body, **query))
 
     async def reset_session(self, session: str, at: int) -> None:
-        await self._call("POST", f"/v1/sessions/{_part(session)}/reset", json_body={"at": at})
+        await self._call("POST", f"/v1/sessions/{_part(session)}/reset", {"json": {"at": at}})
 
     async def close_session(self, session: str) -> None:
         await self._call("DELETE", f"/v1/sessions/{_part(session)}")
 
-    async def _call(self, method: str, path: str, frames: npt.ArrayLike | None = None, json_body: Any = None, **query: Any) -> dict[str, Any]:
-        body: dict[str, Any] = {} if json_body is None else {"json": json_body}
-        if frames is not None:
-            body = {"content": np.ascontiguousarray(frames, "<f4").tobytes(), "headers": {"Content-Type": "application/octet-stream"}}
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> dict[str, Any]:
         try:
-            response = await self._http.request(method, path, params=_given(query), **body)
+            response = await self._http.request(method, path, params=_given(query), **(body or {}))
         except httpx.TimeoutException:
             raise Unreachable(f"{self.url} did not answer within {self._timeout_s:g} s") from None
         except httpx.TransportError as error:
@@ -107,6 +128,18 @@ class AsyncClient:
             with suppress(ValueError, TypeError):  # no JSON object: another server listens there
                 return dict(response.json())
         raise http_refusal(response.status_code, response.content)
+
+
+def _raw(frames: npt.ArrayLike) -> dict[str, Any]:
+    """The body that carries frames alone."""
+    return {"content": np.ascontiguousarray(frames, "<f4").tobytes(), "headers": {"Content-Type": "application/octet-stream"}}
+
+
+def _timed(frames: npt.ArrayLike, t: npt.ArrayLike, **fields: Any) -> dict[str, Any]:
+    """The body that carries frames with their times: JSON, the other has no room for them. Raises `WrongTime`."""
+    array = np.asarray(frames, np.float32)
+    value = {**fields, "frames": for_json(array), "t": as_times(t, len(array) if array.ndim else 0)}
+    return {"content": encode(value), "headers": {"Content-Type": "application/json"}}
 
 
 def _is_address(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import numpy.typing as npt
 
 from service import protocol
 from service.client_values import Frames
-from service.errors import Empty, Gap, WrongShape
+from service.errors import Empty, Gap, WrongShape, WrongTime
+from service.resampler import Times
 
 
 def as_frames(frames: npt.ArrayLike, shape: tuple[int, ...]) -> Frames:
@@ -30,15 +32,20 @@ def as_frames(frames: npt.ArrayLike, shape: tuple[int, ...]) -> Frames:
 class _Chunk:
     first: int
     frames: Frames
+    t: Times | None = None  # (count,), where frames carry their times
 
     @property
     def end(self) -> int:
         return self.first + len(self.frames)
 
-    def message(self, taken: int) -> bytes | None:
+    def message(self, taken: int) -> str | bytes | None:
         """What a server that has taken frames below `taken` still needs of it."""
         known = max(0, taken - self.first)
-        return protocol.write_frames(self.first + known, self.frames[known:]) if known < len(self.frames) else None
+        if known >= len(self.frames):
+            return None
+        if self.t is not None:
+            return protocol.write_timed_frames(self.first + known, self.frames[known:], self.t[known:])
+        return protocol.write_frames(self.first + known, self.frames[known:])
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,9 @@ class Ledger:
     Frames below `read` were answered and the answers read, below `received` answered, below `next_frame` handed over.
     """
 
-    def __init__(self, next_frame: int = 0, read: int = 0, window: int = 1, *, every: bool = True) -> None:
+    def __init__(self, next_frame: int = 0, read: int = 0, window: int = 1, *, every: bool = True, origin: float | None = None) -> None:
         self.window = window
+        self.origin = origin  # the `t` of frame 0, where frames carry their times
         self.next_frame = next_frame
         self.read = self.received = read
         self._begin = next_frame
@@ -72,6 +80,8 @@ class Ledger:
         self._taken = next_frame  # frames below are known to the server of this connection
         self._acked = 0  # what it was told to be read
         self._farewell = self._closed = False
+        self._last_t = -math.inf
+        self._times: dict[int, float] = {}  # of frames that are kept, seconds since frame 0
 
     # ---- what the program does
 
@@ -79,8 +89,31 @@ class Ledger:
         """Whether `count` more frames may be handed over."""
         return self.next_frame + count - self.read <= self.window
 
-    def put(self, frames: Frames) -> None:
-        self._put(_Chunk(self.next_frame, frames))
+    def check(self, t: Times | None) -> None:
+        """Raises `WrongTime` where the next frames may not have these times, or may not come without."""
+        frame = self.next_frame
+        if frame and (t is not None) != (self.origin is not None):
+            begun = "without" if self.origin is None else "with"
+            raise WrongTime(f"frame {frame}: this stream began {begun} t: send it with every frame or with none", frame=frame)
+        if t is None:
+            return
+        before = np.concatenate([[self._last_t], t[:-1]])
+        if len(stalled := np.flatnonzero(~(t > before))):
+            place = int(stalled[0])
+            frame += place
+            raise WrongTime(f"frame {frame}: t must increase from frame to frame, but {t[place]:.6f} comes after {before[place]:.6f}", frame=frame)
+
+    def put(self, frames: Frames, t: Times | None = None) -> None:
+        """Hands over frames (count, *shape), with times that `check` has let pass."""
+        if t is not None:
+            self.origin = float(t[0]) if self.origin is None else self.origin
+            self._last_t = float(t[-1])
+            self._times.update(zip(range(self.next_frame, self.next_frame + len(t)), (t - self.origin).tolist(), strict=True))
+        self._put(_Chunk(self.next_frame, frames, t))
+
+    def time(self, frame: int) -> float | None:
+        """Seconds since frame 0 of a frame that has not been read; NaN where it was handed over elsewhere. None where frames carry no times."""
+        return None if self.origin is None else self._times.get(frame, math.nan)
 
     def reset(self) -> None:
         self._put(_Reset(self.next_frame))
@@ -173,4 +206,7 @@ class Ledger:
             self.read = self.received
         safe = self.read if self._durable is None else min(self.read, self._durable)
         while self._kept and self._kept[0].end <= safe and (isinstance(self._kept[0], _Chunk) or len(self._kept) > 1):
-            self._kept.popleft()
+            item = self._kept.popleft()
+            if isinstance(item, _Chunk) and item.t is not None:
+                for frame in range(item.first, item.end):
+                    del self._times[frame]

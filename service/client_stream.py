@@ -20,10 +20,11 @@ from service import errors, protocol
 from service.client_errors import StreamClosed, Unreachable, error_from
 from service.client_ledger import Ledger, as_frames
 from service.client_socket import Opener, Wire, refusal
-from service.client_values import Answer, Event, OnEvent, Retry, Source, pieces
+from service.client_values import Answer, Event, OnEvent, Piece, Retry, Source, Timed, as_times, pieces
 from service.errors import ServiceError
 
 _EVENTS = 256  # more than the frames of a window can decide
+_TEXT, _TEXT_NUMBER, _TEXT_TIME = 128, 20, 32  # bytes of a message as JSON, at most: for itself, for a number with its brackets, for a time
 _GOODBYE_S = 5.0  # how long a server may take to confirm `close`
 # Refusals that end by themselves; nothing was changed by what was refused. A gap is one of them: a message under way when the connection was
 # lost may take effect after `opened`, so that what was sent again comes too late; the next `opened` counts it.
@@ -59,7 +60,7 @@ class AsyncStream:
         self._inbox: deque[Answer] = deque()
         self._events: deque[Event] = deque(maxlen=_EVENTS)  # that were told; those of answers it kept a server that comes back says again
         self._undelivered: deque[Event] = deque()  # whose answer has not come yet
-        self._most = 1  # frames in a message
+        self._most = self._most_timed = 1  # frames in a message, and in one that carries their times
         self._attempt = 0  # to come back, since the last answer
         self._not_before = 0.0  # the server asked to wait until then, on time.monotonic's clock
         self._reason = "it is lost again whenever it is back"
@@ -88,7 +89,8 @@ class AsyncStream:
         wire, opened = await self._opener.open(self._options)
         self._note(opened)
         begin = opened["next_frame"]
-        self._ledger = Ledger(begin, min(self._options.get("ack", begin), begin), self.window, every=self._options.get("scores") != "last")
+        read, every = min(self._options.get("ack", begin), begin), self._options.get("scores") != "last"
+        self._ledger = Ledger(begin, read, self.window, every=every, origin=opened.get("origin"))
         self._pump = asyncio.create_task(self._run(wire, begin))
         try:
             await self._until(lambda: self.connected)
@@ -122,8 +124,9 @@ class AsyncStream:
         self.model, self.version, self.task = opened["model"], opened["version"], opened["task"]
         self.classes, self.frame_shape = tuple(opened["classes"]), tuple(opened["frame_shape"])
         self.fps = opened["options"]["fps"]
-        frame_bytes = 4 * math.prod(self.frame_shape)
-        self._most = max(1, min(self.window, (opened["limits"]["message_bytes"] - protocol.HEADER.size) // frame_bytes))
+        room, numbers = opened["limits"]["message_bytes"], math.prod(self.frame_shape)
+        self._most = max(1, min(self.window, (room - protocol.HEADER.size) // (4 * numbers)))
+        self._most_timed = max(1, min(self.window, (room - _TEXT) // (_TEXT_NUMBER * numbers * len(self.frame_shape) + _TEXT_TIME)))
         if (warning := opened.get("warning")) and warning not in self.warnings:
             self.warnings.append(warning)
 
@@ -233,7 +236,8 @@ class AsyncStream:
         scores = np.frombuffer(message, "<f4", offset=protocol.HEADER.size).reshape(count, -1)
         classes = self.classes if self.task == "classification" else ()
         for frame in self._ledger.take(first, count):
-            answer = Answer.from_scores(frame, self.fps, scores[frame - first], classes)
+            time = self._ledger.time(frame)
+            answer = Answer.from_scores(frame, frame / self.fps if time is None else time, scores[frame - first], classes)
             self._inbox.append(dataclasses.replace(answer, events=self._events_until(frame)) if self._undelivered else answer)
         self._attempt = 0
         self._news.set()
@@ -254,18 +258,22 @@ class AsyncStream:
 
     # ---- sending and reading
 
-    async def send(self, frames: npt.ArrayLike) -> int:
+    async def send(self, frames: npt.ArrayLike, t: npt.ArrayLike | None = None) -> int:
         """Hands over frames (count, *frame_shape), or one (*frame_shape); NaN is missing. Returns the number of the first.
 
-        Waits while `window` frames are sent whose answers are not read. More frames than that go in several messages.
+        `t` (count,), or one number, is when the camera took them, where it keeps no rate: seconds on any clock, increasing, with every frame of a stream
+        or with none; else `WrongTime`. Waits while `window` frames are sent whose answers are not read. More frames than that go in several messages.
         """
         array = as_frames(frames, self.frame_shape)
+        times = None if t is None else as_times(t, len(array))
+        most = self._most if times is None else self._most_timed
         async with self._turn:
+            self._ledger.check(times)
             first = self.next_frame
-            for start in range(0, len(array), self._most):
-                piece = array[start : start + self._most]
+            for start in range(0, len(array), most):
+                piece = array[start : start + most]
                 await self._room(len(piece))
-                self._ledger.put(piece)
+                self._ledger.put(piece, None if times is None else times[start : start + most])
                 self._news.set()
             return first
 
@@ -291,12 +299,13 @@ class AsyncStream:
             raise StopAsyncIteration from None
         return self._pop()
 
-    async def play(self, source: Source, *, chunk: int = 1) -> AsyncGenerator[Answer, None]:
+    async def play(self, source: Source, *, chunk: int = 1, t: npt.ArrayLike | None = None) -> AsyncGenerator[Answer, None]:
         """Sends a whole source and yields its answers, until the last; what the source raises comes out here.
 
-        `source` is an array of frames, sent `chunk` at a time, or an iterable, best asynchronous, of chunks as for `send`; its own pace is kept.
+        `source` is an array of frames, sent `chunk` at a time, with their times `t` where the camera keeps no rate; or an iterable, best asynchronous, of
+        chunks as for `send`, each a `Timed` where it has times; its own pace is kept.
         """
-        feeder = asyncio.create_task(self._feed(pieces(source, chunk)))
+        feeder = asyncio.create_task(self._feed(pieces(source, chunk, t)))
         feeder.add_done_callback(lambda _: self._news.set())
 
         def over() -> bool:
@@ -313,9 +322,9 @@ class AsyncStream:
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
 
-    async def _feed(self, chunks: AsyncIterator[npt.ArrayLike]) -> None:
+    async def _feed(self, chunks: AsyncIterator[Piece]) -> None:
         async for piece in chunks:
-            await self.send(piece)
+            await (self.send(piece.frames, piece.t) if isinstance(piece, Timed) else self.send(piece))
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         """Waits until something holds; raises the stream's failure where it can no longer come to hold."""

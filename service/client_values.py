@@ -10,10 +10,26 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from service.errors import WrongTime
+
 Frames = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float32]
-Source = Frames | Iterable[npt.ArrayLike] | AsyncIterable[npt.ArrayLike]
 TOP = 5  # classes in an answer's `top`
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Frames (count, *frame_shape) that a camera took at their own times `t` (count,), or one frame and its time: what a source of `play` may give.
+
+    Seconds on any clock, increasing from frame to frame.
+    """
+
+    frames: npt.ArrayLike
+    t: npt.ArrayLike
+
+
+Piece = npt.ArrayLike | Timed
+Source = Frames | Iterable[Piece] | AsyncIterable[Piece]
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,7 @@ class Answer:
     """
 
     frame: int  # of the stream, as the client counts
-    time: float  # seconds of the stream since its frame 0
+    time: float  # seconds of the stream since its frame 0; NaN where another program sent the frame with a time of its own
     label: str | None
     score: float | None
     top: tuple[tuple[str, float], ...] = field(repr=False)
@@ -104,13 +120,13 @@ class Answer:
         )
 
     @classmethod
-    def from_scores(cls, frame: int, fps: float, scores: Scores, classes: tuple[str, ...]) -> Answer:
+    def from_scores(cls, frame: int, time: float, scores: Scores, classes: tuple[str, ...]) -> Answer:
         """The answer that scores (classes,) stand for; without `classes` they are no classification."""
         if not classes:
-            return cls(frame, frame / fps, None, None, (), scores)
+            return cls(frame, time, None, None, (), scores)
         order = np.argsort(-scores, kind="stable")[:TOP]
         top = tuple((classes[index], float(scores[index])) for index in order.tolist())
-        return cls(frame, frame / fps, *top[0], top, scores)
+        return cls(frame, time, *top[0], top, scores)
 
 
 OnEvent = Callable[[Event], None]
@@ -134,14 +150,34 @@ def opening(options: StreamOptions) -> dict[str, Any]:
     return {"scores": "all", **{name: value for name, value in options.items() if value is not None}, "answers": "binary"}
 
 
-async def pieces(source: Source, chunk: int) -> AsyncIterator[npt.ArrayLike]:
-    """What a source gives, one after another; an array gives `chunk` frames at a time."""
+async def pieces(source: Source, chunk: int, t: npt.ArrayLike | None = None) -> AsyncIterator[Piece]:
+    """What a source gives, one after another; an array gives `chunk` frames at a time, with their times where `t` (count,) has them.
+
+    Raises `TypeError` for times beside anything but an array.
+    """
+    if t is not None and not isinstance(source, np.ndarray):
+        raise TypeError("t goes with an array of frames; an iterable gives Timed(frames, t)")
     if isinstance(source, AsyncIterable):
         async for piece in source:
             yield piece
     elif isinstance(source, np.ndarray):
+        times = None if t is None else as_times(t, len(source))
         for start in range(0, len(source), chunk):
-            yield source[start : start + chunk]
+            some = source[start : start + chunk]
+            yield some if times is None else Timed(some, times[start : start + chunk])
     else:
         for piece in source:
             yield piece
+
+
+def as_times(t: npt.ArrayLike, count: int) -> npt.NDArray[np.float64]:
+    """The times of `count` frames, (count,) seconds; of one frame a number will do. Raises `WrongTime`."""
+    try:
+        times = np.atleast_1d(np.array(t, np.float64))
+    except (TypeError, ValueError):
+        raise WrongTime(f"t must be numbers of seconds, got {t!r:.60}") from None
+    if times.shape != (count,):
+        raise WrongTime(f"t has the shape {times.shape} for {count} frames: give one time in seconds for each")
+    if not np.isfinite(times).all():
+        raise WrongTime(f"t must be finite numbers of seconds, got {times[~np.isfinite(times)][0]}")
+    return times

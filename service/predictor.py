@@ -281,6 +281,8 @@ class Predictor:
             },
             "options": session.options.to_dict(),
         }
+        if (origin := session.progress.origin) is not None:
+            value["origin"] = origin
         if warning := stream_warning(runner):
             value["warning"] = warning
         return value

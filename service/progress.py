@@ -35,9 +35,14 @@ class Progress:
         self.plain = self.resampler is None and self.detector is None
 
     @property
+    def origin(self) -> float | None:
+        """The `t` of frame 0; None where frames carry no times of their own, or none has come yet."""
+        return None if self.resampler is None else self.resampler.origin
+
+    @property
     def timed(self) -> bool:
         """Whether frames carry their own times."""
-        return self.resampler is not None and self.resampler.origin is not None
+        return self.origin is not None
 
     def prepare(self, first: int, frames: Floats, t: Times | None) -> Passage:
         """The steps that the next frames (count, *frame_shape), from number `first` on, stand for; `t` (count,) are their times as the client has them.

@@ -427,6 +427,16 @@ def write_frames(first: int, frames: Floats, track: int = 0) -> bytes:
     return HEADER.pack(VERSION, KIND_FRAMES, track, len(frames), first) + np.ascontiguousarray(frames, "<f4").tobytes()
 
 
+def write_timed_frames(first: int, frames: Floats, t: Times) -> str:
+    """The text message that carries frames (count, *frame_shape) and the time of each (count,) to a server; binary ones have no room for times."""
+    return write("frames", first=first, frames=for_json(frames), t=t)
+
+
+def for_json(frames: Floats) -> Floats:
+    """The same frames, but JSON has no infinity, which would be written as a missing value: it becomes the largest number, which is refused as well."""
+    return np.ascontiguousarray(np.nan_to_num(frames, nan=np.nan), np.float32)
+
+
 def encode(value: Any) -> bytes:
     """JSON; float32 values are written so that reading them back gives the same bits."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -109,6 +109,7 @@ class OpenedBody(BaseModel):
     window: int = Field(description="frames whose answers are kept until they are acknowledged")
     limits: dict[str, Any]
     options: dict[str, Any]
+    origin: float | None = Field(None, description="of a session that is resumed and whose frames carry their times: the `t` of frame 0")
     warning: str | None = None
 
 
