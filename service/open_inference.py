@@ -9,21 +9,19 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
-from model.contract import FRAMES, LENGTHS, Manifest
+from model.contract import FRAMES
+from service import clips
 from service.bodies import read_body
 from service.compression import ENCODINGS, deflate, inflate
-from service.errors import Draining, Empty, Forbidden, Malformed, ModelNotFound, ModelNotReady, NotSupported, ServiceError, WrongShape
+from service.errors import Draining, Forbidden, Malformed, ModelNotFound, ModelNotReady, NotSupported
 from service.frames import Payload
 from service.gate import Gate
 from service.metadata import INPUTS, OUTPUTS, model_config, model_metadata, server_metadata
-from service.options import Options
 from service.predictor import Predictor
-from service.protocol import Answer, encode, read_object
+from service.protocol import encode, read_object
 from service.runner import Runner
 from service.schemas import refusals
 from service.sequences import Sequences
@@ -33,9 +31,7 @@ from service.tensors import InferRequest, read_request, write_response
 router = APIRouter(tags=["open inference"])
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-Tensor = npt.NDArray[Any]
 
-_CLIP = Options(scores="all", events=False)
 _LARGE = 2**20  # bytes; bodies above are read and written in a thread, so that the event loop goes on
 _LENGTH = "inference-header-content-length"
 _BODY = {"requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}}
@@ -140,10 +136,10 @@ async def infer(request: Request) -> Response:
     """
     runner = _runner(request)  # an unknown model is said before a long body is read
     asked, size = await _read(request)
-    frames = _clips(asked)
+    frames = clips.read(asked)
     if asked.step is None:
         version, parameters = runner.version, {}
-        answers = await _run_clips(_predictor(request), runner, frames, size, asked.wait_s)
+        answers = await clips.run(_predictor(request), runner, frames, size, asked.wait_s)
     else:
         if len(frames) != 1:
             raise Malformed(f"a sequence has batch size 1, got {len(frames)}")
@@ -154,7 +150,7 @@ async def infer(request: Request) -> Response:
         version, answers = session.version, [answer]
         parameters = {"sequence_id": asked.step.sequence, "sequence_step": answer.first + answer.count}
     steps = asked.inputs[FRAMES].shape[1]
-    outputs = [_best(answers, wanted.classes) if wanted.classes else _scores(answers, steps) for wanted in asked.outputs]
+    outputs = [clips.best(answers, wanted.classes) if wanted.classes else clips.scores(answers, steps) for wanted in asked.outputs]
     return await _write(request, *write_response(asked, runner.name, version, parameters, outputs))
 
 
@@ -179,66 +175,6 @@ async def _write(request: Request, body: bytes, length: int | None) -> Response:
         body = await asyncio.to_thread(deflate, body, encoding) if len(body) > _LARGE else deflate(body, encoding)
         headers |= {"content-encoding": encoding, "vary": "accept-encoding"}
     return Response(body, 200, headers, "application/json" if length is None else "application/octet-stream")
-
-
-def _clips(asked: InferRequest) -> list[Tensor]:
-    """Each clip's real frames, (count, ...)."""
-    frames, lengths = asked.inputs.get(FRAMES), asked.inputs.get(LENGTHS)
-    if frames is None:
-        raise Malformed(f"input {FRAMES} is missing")
-    if frames.ndim < 3:
-        raise WrongShape(f"expected {FRAMES} of shape (batch, time, *frame shape), got {list(frames.shape)}")
-    if not len(frames):
-        raise Empty(f"no clips: the batch axis of {FRAMES} has size 0")
-    if lengths is None:
-        return list(frames)
-    if lengths.shape != frames.shape[:1]:
-        raise WrongShape(f"{LENGTHS} must have one number for each clip, shape [{len(frames)}], got {list(lengths.shape)}")
-    if not ((lengths >= 0) & (lengths <= frames.shape[1])).all():
-        raise Malformed(f"{LENGTHS} must be from 0 to {frames.shape[1]}, the time axis of {FRAMES}, got {lengths.tolist()!r:.60}")
-    return [clip[:length] for clip, length in zip(frames, lengths.tolist(), strict=True)]
-
-
-async def _run_clips(predictor: Predictor, runner: Runner, clips: list[Tensor], size: int, wait_s: float | None) -> list[Answer]:
-    """Some at a time: a long list does not fill the model's queue, where others wait too."""
-
-    async def run(number: int, clip: Tensor) -> Answer:
-        try:
-            return await predictor.predict(runner.name, runner.version, Payload("array", clip, size // len(clips)), _CLIP, wait_s)
-        except ServiceError as error:
-            raise error if len(clips) == 1 else type(error)(f"clip {number}: {error.message}", **error.facts) from None
-
-    if len(clips) == 1:
-        return [await run(0, clips[0])]
-    answers: list[Answer] = []
-    for first in range(0, len(clips), runner.most_rows):
-        some = enumerate(clips[first : first + runner.most_rows], first)
-        for answer in await asyncio.gather(*(run(number, clip) for number, clip in some), return_exceptions=True):
-            if isinstance(answer, BaseException):
-                raise answer
-            answers.append(answer)
-    return answers
-
-
-def _scores(answers: Sequence[Answer], steps: int) -> Tensor:
-    """(batch, steps, classes); zeros beyond a clip's length."""
-    if len(answers) == 1 and len(answers[0].scores) == steps:
-        return answers[0].scores[None]
-    scores = np.zeros((len(answers), steps, answers[0].scores.shape[1]), np.float32)
-    for i, answer in enumerate(answers):
-        scores[i, : len(answer.scores)] = answer.scores
-    return scores
-
-
-def _best(answers: Sequence[Answer], count: int) -> Tensor:
-    """The classification extension: (batch, count) of `score:index:label` as bytes, the best classes of each last frame first."""
-    manifest = answers[0].manifest
-    return np.array([[_spoken(manifest, answer.scores[-1], i) for i in np.argsort(-answer.scores[-1], kind="stable")[:count]] for answer in answers], object)
-
-
-def _spoken(manifest: Manifest, scores: Tensor, index: int) -> bytes:
-    label = f":{manifest.classes[index]}" if manifest.task == "classification" else ""
-    return f"{scores[index]:f}:{index}{label}".encode()
 
 
 # The model repository

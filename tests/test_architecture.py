@@ -45,7 +45,7 @@ LAYERS = {
         ["engine", "batcher", "sessions", "protocol", "frames", "gate"],
         ["catalog", "runner", "bodies", "schemas", "tensors", "metadata", "client_ledger", "client_socket"],
         ["predictor", "client_stream"],
-        ["tracks", "sequences", "client_tracks"],
+        ["tracks", "sequences", "clips", "client_tracks"],
         ["routes", "open_inference", "streaming", "client_async"],
         ["app", "client"],
         ["server", "player"],

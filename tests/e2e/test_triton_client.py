@@ -262,7 +262,7 @@ def test_errors_are_told_and_the_service_goes_on(triton: Any) -> None:
     refused(422, "expected (frames, 3)", triton.infer, "channels", [tensor(np.zeros((1, 2, 4), np.float32))])
     refused(422, "(batch, time", triton.infer, "channels", [tensor(np.zeros((2, 3), np.float32))])
     refused(422, "no frames", triton.infer, "channels", [tensor(np.zeros((1, 0, 3), np.float32))])
-    refused(422, "no clips", triton.infer, "channels", [tensor(np.zeros((0, 1, 3), np.float32))])
+    refused(422, "no frames", triton.infer, "channels", [tensor(np.zeros((0, 1, 3), np.float32))])
     refused(422, "shape [1], got [2]", triton.infer, "channels", [tensor(), tensor(np.array([1, 2]), name="lengths")])
     refused(400, "from 0 to 40", triton.infer, "channels", [tensor(), tensor(np.array([41]), name="lengths")])
     refused(408, "waited", triton.infer, "channels", [tensor()], timeout=1)
