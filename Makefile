@@ -5,6 +5,7 @@ PYTHON = python3
 PORT ?=
 DEVICE = cpu
 ARGS =
+DATA =
 TORCH_PIP_ARGS ?=
 
 SERVE = .venv$(if $(filter gpu,$(DEVICE)),-gpu)
@@ -20,7 +21,7 @@ $(error DEVICE is cpu or gpu, not $(DEVICE))
 endif
 
 .DEFAULT_GOAL = help
-.PHONY: help serve dev test test-service lint bench bench-training models lock clean
+.PHONY: help serve dev test test-service lint bench bench-training bench-endless bench-rates models lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -51,6 +52,14 @@ bench: $(TEST_SERVICE)/.installed ## frames a second and latencies of the servic
 
 bench-training: $(DEV)/.installed ## the recurrent layer beside its matrix product, torch's RNN, GRU and LSTM; minutes (ARGS=--quick)
 	@$(DEV)/bin/python -m tests.bench.training $(ARGS)
+
+bench-endless: $(DEV)/.installed ## one session of 1 000 000 frames that never ends: DATA=ui-prmd-kinect-xyz.npz; minutes
+	@test -n "$(DATA)" || { echo "say where the data lies: make $@ DATA=.../ui-prmd-kinect-xyz.npz" >&2; exit 2; }
+	@$(DEV)/bin/python -m tests.bench.endless --data "$(DATA)" $(ARGS)
+
+bench-rates: $(DEV)/.installed ## the same streams at other frame rates: DATA=ui-prmd-kinect-xyz.npz; minutes
+	@test -n "$(DATA)" || { echo "say where the data lies: make $@ DATA=.../ui-prmd-kinect-xyz.npz" >&2; exit 2; }
+	@$(DEV)/bin/python -m tests.bench.rates --data "$(DATA)" $(ARGS)
 
 models: $(DEV)/.installed ## train and export the shipped models again: UI_PRMD=ui-prmd-kinect-xyz.npz FINGER_POINTS=point_history.csv.gz
 	@test -n "$(UI_PRMD)" && test -n "$(FINGER_POINTS)" || { echo "say where the data lies: make models UI_PRMD=.../ui-prmd-kinect-xyz.npz FINGER_POINTS=.../point_history.csv.gz"; exit 2; }

@@ -14,39 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("tomli_w", reason="tomli-w is not installed (extra `train`): the benchmarks of streams are not tested")
-
-from model.contract import EventRules
-from service.client import Event
 from tests.bench import endless
+from tests.bench.conftest import arguments
 from tests.bench.endless import Beside, Memory, Report, Streamed, chance, resident_mb
-from tests.bench.held_out import BenchError, HeldOut, chunks, find, found
-from tests.toy_models import Toy, write_toy
-from tests.training.synthetic import CLASSES, clip_set, write_config, write_folder
+from tests.bench.held_out import BenchError
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = EventRules(nothing="nothing", enter=0.4, leave=0.3, least=3, gap=3)
-BODIES = Toy(shape=(13, 3), layout="body-13", classes=(*CLASSES, "nothing"), events=RULES)
-PLAIN = Toy(shape=(13, 3), layout="body-13", classes=CLASSES)
-
-
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Recordings of people of thirteen joints, a configuration for them, and models with and without a class for nothing."""
-    folder = tmp_path_factory.mktemp("toys")
-    write_toy(folder / "models", "bodies", BODIES)
-    write_toy(folder / "models", "plain", PLAIN)
-    write_toy(folder / "models", "older", PLAIN, version="9")
-    write_toy(folder / "models", "older", BODIES, version="10")
-    write_toy(folder / "models", "channels")
-    data = write_folder(folder / "data", clip_set(60, joints=13))
-    options = {"units": "metres", "fps": 30, "layout": "body-13"}
-    config = write_config(folder / "toy.toml", data={"options": options})
-    return {"models": folder / "models", "data": data, "config": config}
-
-
-def arguments(toys: dict[str, Path], model: str, *more: str) -> list[str]:
-    return [*(value for name, path in toys.items() for value in (f"--{name}", str(path))), "--model", model, *more]
 
 
 @pytest.mark.parametrize("model", ["bodies", "plain"])
@@ -155,35 +128,3 @@ def test_memory_is_that_of_the_process() -> None:
     assert 40 < resident_mb(os.getpid()) - before < 90, held[0]
     with pytest.raises(BenchError, match="cannot be read"):
         resident_mb(2**22 + 1)
-
-
-def test_the_highest_version_is_the_one_that_is_served(toys: dict[str, Path]) -> None:
-    served = find(toys["models"], "older")
-    assert (served.version, served.manifest.classes) == ("10", BODIES.classes)
-
-
-def test_a_stream_without_end_jumps_nowhere_and_tells_whole_actions(toys: dict[str, Path]) -> None:
-    held = HeldOut(find(toys["models"], "bodies"), toys["config"], toys["data"])
-    pieces = list(held.endless(3000, seed=1))
-    frames = np.concatenate([piece.frames for piece in pieces])
-    assert len(frames) == 3000
-    steps = np.linalg.norm(np.diff(frames.mean(1), axis=0), axis=1)
-    inside = max(float(np.linalg.norm(np.diff(clip.mean(1), axis=0), axis=1).max()) for clip in held.streams.clips.frames)
-    assert steps.max() < 2 * inside
-    starts = np.cumsum([0, *(len(piece.frames) for piece in pieces)])
-    segments = np.concatenate([piece.segments + np.array([start, start, 0]) for piece, start in zip(pieces, starts, strict=False)])
-    assert (segments[:, 0] < segments[:, 1]).all()
-    assert (segments[1:, 0] >= segments[:-1, 1]).all()
-    assert segments[-1, 1] <= 3000
-    assert set(segments[:, 2].tolist()) == {0, 1, 2}
-    repeated = (segments[1:, 2] == segments[:-1, 2]).mean()
-    assert repeated > 0.5  # a third would be the same by chance
-    again = np.concatenate([piece.frames for piece in held.endless(3000, seed=1)])
-    np.testing.assert_array_equal(frames, again)
-    np.testing.assert_array_equal(np.concatenate(list(chunks((piece.frames for piece in pieces), 64))), frames)
-
-
-def test_events_become_rows_and_the_last_may_be_open() -> None:
-    told = [Event("start", "b", 0.9, 10, 12, 0.3), Event("end", "b", 0.8, 20, 22, 0.6), Event("start", "a", 0.7, 22, 25, 0.7)]
-    assert found(told, ("a", "b"), 40).tolist() == [[10, 20, 1, 12], [22, 40, 0, 25]]
-    assert found([], ("a",), 40).shape == (0, 4)
