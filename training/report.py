@@ -85,15 +85,16 @@ def runs_table(runs: list[str], columns: dict[str, list[float]], title: str, ens
 def streams_table(rows: dict[str, dict[str, float]], title: str) -> Table:
     """One line for each way of using a network on streams: figures as `stream_report.mean_row` has them, and its multiplications a frame."""
     table = Table(title=escape(title))
-    columns = ("", "frames %", "nothing %", "actions %", "strictly %", "slope, points", "events F1 %", "delay, frames", "off by, frames", "million products")
+    shares = ("frames %", "nothing %", "actions %", "strictly %", "slope, points", "events F1 %", "counted %")
+    columns = ("", *shares, "delay, frames", "off by, frames", "million products")
     for name in columns:
         table.add_column(name, justify="right" if name else "left")
     for name, of in rows.items():
         actions = f"{_percent(of['actions'])}" + ("" if np.isnan(of["deviation"]) else f" ({_percent(of['deviation'])})")
         slope = f"{100 * of['slope']:+.1f} ± {100 * of['slope_ci95']:.1f}"
-        shares = _percent(of["frames"]), _percent(of["nothing"]), actions, _percent(of["actions_strict"]), slope, _percent(of["f1"])
+        values = _percent(of["frames"]), _percent(of["nothing"]), actions, _percent(of["actions_strict"]), slope, _percent(of["f1"]), _percent(of["counted"])
         lengths = ("" if np.isnan(of[key]) else f"{of[key]:.1f}" for key in ("delay", "boundary"))
-        table.add_row(escape(name), *shares, *lengths, f"{of['multiplications'] / 1e6:.2f}")
+        table.add_row(escape(name), *values, *lengths, f"{of['multiplications'] / 1e6:.2f}")
     return table
 
 

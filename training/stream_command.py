@@ -19,7 +19,7 @@ from training.report import early_table, streams_table
 from training.splits import Splits
 from training.stream_report import Row, clip_rows, clip_rules, finite_streams, mean_row, rules_for, stream_row
 from training.stream_scores import left_running
-from training.streams import Form, Streams
+from training.streams import FORMS, Form, Streams
 
 SEED = 20261122  # of the streams that are reported on
 CHOICE_SEED = 7  # of those that rules for events are chosen on
@@ -45,6 +45,7 @@ def streams(
     part: Annotated[str, typer.Option("--split", help="test or validation (of folds: what each of them left out)")] = "test",
     count: Annotated[int, typer.Option("--streams", min=1, help="streams of each form; recordings are run once each")] = 40,
     actions: Annotated[int, typer.Option(min=2, help="actions in each of them")] = 50,
+    form: Annotated[str, typer.Option(help=f"only this form of streams: {', '.join(FORMS)}; see Streams in training/README.md")] = "",
     window: Annotated[int, typer.Option(min=2, help="frames of the sliding window")] = 31,
     last: Annotated[bool, typer.Option("--last", help="the weights of the last epoch, not those that the validation part chose: for folds")] = False,
 ) -> None:
@@ -53,6 +54,8 @@ def streams(
         raise ConfigError(f"{len(clips)} --clips for {len(runs)} runs: give one for each, in the same order")
     if part not in ("test", "validation"):
         raise ConfigError(f"--split {part}: there are test and validation")
+    if form and form not in FORMS:
+        raise ConfigError(f"--form {form}: there are {', '.join(FORMS)}")
     name = checkpoints.LAST if last else checkpoints.BEST
     beside: list[Path | None] = [*clips] if clips else [None] * len(runs)
     pairs = [Pair(run, checkpoints.load(run / name), checkpoints.load(other / name) if other else None) for run, other in zip(runs, beside, strict=True)]
@@ -63,7 +66,7 @@ def streams(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data)) if data else config
         if known is None or dataclasses.replace(known[0], seed=config.seed) != config:
             known = config, data_splits.load(config)
-        found = _measure(pair, config, known[1], part, count, actions, window)
+        found = _measure(pair, config, known[1], part, form, count, actions, window)
         value = {form: [row.to_dict() for row in rows] for form, rows in found.items()}
         target = pair.run / f"streams-{part}.json"
         target.write_text(json.dumps(_plain({"streams": count, "actions": actions, "seed": SEED, "forms": value}), indent=1) + "\n")
@@ -77,7 +80,7 @@ def streams(
         Console(width=160).print(early_table(curves, title + ": right after the first frames of an action, %"))
 
 
-def _measure(pair: Pair, config: Config, splits: Splits, part: str, count: int, actions: int, window: int) -> dict[str, list[Row]]:
+def _measure(pair: Pair, config: Config, splits: Splits, part: str, only: str, count: int, actions: int, window: int) -> dict[str, list[Row]]:
     """Rows for each form of streams."""
     if config.streams is None:
         raise ConfigError(f"{pair.run} was not trained on streams: its configuration has no [streams]; give it with --clips instead")
@@ -88,7 +91,7 @@ def _measure(pair: Pair, config: Config, splits: Splits, part: str, count: int, 
     if pair.clips is not None and other is not None and pair.clips.subject.classes != made.clips.classes:
         raise ConfigError("the run given with --clips has other classes than the clips of this one")
     found: dict[str, list[Row]] = {}
-    for form in made.forms:
+    for form in [one for one in FORMS if one == only] or made.forms:
         _say(f"{pair.run}: {form}; rules for events are chosen on {chosen_on} streams")
         own, held = finite_streams(made, form, count, actions, SEED), finite_streams(choice, form, 24, 12, CHOICE_SEED)
         rules = config.export.events or stream_rules(network, choice, form)

@@ -50,6 +50,7 @@ class StreamFigures:
     f1: float  # of detected events, at an overlap of one half
     delay: float  # mean frames from the true start until the start was decided; NaN where nothing matched
     boundary: float  # mean frames by which start and end are off
+    counted: float  # share of streams in which as many events were found as there are actions
 
 
 def detect(rules: EventRules, classes: Sequence[str], scores: Scores) -> npt.NDArray[np.int64]:
@@ -134,6 +135,7 @@ def measure(scores: Sequence[Scores], streams: Sequence[Segments], classes: Sequ
         f1=f1(detections),
         delay=float(delays.mean()) if len(delays) else float("nan"),
         boundary=float(boundaries.mean()) if len(boundaries) else float("nan"),
+        counted=float(np.mean([one.found == one.true for one in detections])),
     )
 
 

@@ -41,9 +41,9 @@ class Row:
 
 
 def finite_streams(streams: Streams, form: Form, count: int, actions: int, seed: int) -> list[Stream]:
-    """So many streams of one form; of recordings as they are, each once."""
-    number = count if form != "whole" else len(streams.recordings or ())
-    return [streams.stream(form, i, seed=seed, actions=actions) for i in range(number)]
+    """So many streams of one form; of recordings as they are, and of repetitions, each once."""
+    number = {"whole": len(streams.recordings or ()), "repeats": len(streams.repeats)}.get(form, count)
+    return [streams.stream(form, i, seed=seed, actions=actions) for i in range(max(1, number))]  # where there are none, it says why
 
 
 def stream_row(network: Network, streams: Sequence[Stream], classes: Sequence[str], rules: EventRules) -> Row:
@@ -59,7 +59,7 @@ def clip_rows(
     rows = [_row(CLIPS_RUNNING, left_running(network, frames), streams, classes, running, cost)]
     free = _row(CLIPS_ORACLE, oracle(network, frames, segments), streams, classes, running, cost)
     unknown = float("nan")
-    rows.append(dataclasses.replace(free, rules=None, figures=dataclasses.replace(free.figures, f1=unknown, delay=unknown, boundary=unknown)))
+    rows.append(dataclasses.replace(free, rules=None, figures=dataclasses.replace(free.figures, f1=unknown, delay=unknown, boundary=unknown, counted=unknown)))
     say(f"a window of {window} frames at every frame")
     rows.append(_row(CLIPS_WINDOW, sliding(network, frames, window), streams, classes, windowed, window * cost))
     return rows

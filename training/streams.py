@@ -8,7 +8,7 @@ sensor's own jitter and a body's sway, and nothing jumps where an action begins.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,10 +22,10 @@ from training.datasets.clips import ClipSet, DataError, Frames
 from training.datasets.recordings import Recordings, Segments
 from training.splits import Data, cut
 
-Form = Literal["cuts", "smooth", "whole"]
+Form = Literal["cuts", "smooth", "whole", "repeats"]
 Indices = npt.NDArray[np.int64]
 
-FORMS: tuple[Form, ...] = ("cuts", "smooth", "whole")
+FORMS: tuple[Form, ...] = ("cuts", "smooth", "whole", "repeats")
 NO_CLASS = -1  # label of frames that belong to no class and do not count
 SMOOTHED = 5  # frames of the running mean whose remainder is taken for jitter
 SWAY = 0.025  # at most: deviation of a body that stands still, beside how far its joints are from its root (12 mm of 0.5 m)
@@ -81,13 +81,15 @@ class Streams:
             raise ConfigError(f"streams.nothing is {config.nothing!r}, the recordings call it {self.recordings.nothing!r}: give it one name")
         self.outside = len(self.clips.classes) if config.nothing else NO_CLASS
         self.groups = _grouped(self.clips, config.together)
+        by_class = (group[self.clips.labels[group] == label] for group in self.groups for label in range(len(self.clips.classes)))
+        self.repeats = [group for group in by_class if len(group) > 1]  # clips of one class in one group
         self.root = _root(self.clips.layout)
         self._jitters: dict[int, Frames] = {}
         self._deviation = _deviation(self.clips) if not self.root else np.zeros(1, np.float32)
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        """The forms that streams of this data have."""
+        """The forms that streams of this data are judged in."""
         return ("cuts", "smooth") if self.recordings is None else ("cuts", "smooth", "whole")
 
     def pieces(self, rng: np.random.Generator) -> Iterator[Stream]:
@@ -99,7 +101,8 @@ class Streams:
         """One finite stream, nothing drawn but the order of clips and how they follow each other; of equal arguments the same.
 
         In the forms "cuts" and "smooth" it has so many actions of one group, the `number`-th (counted round and round). In the form "whole" it
-        is the `number`-th recording as it is.
+        is the `number`-th recording as it is. In the form "repeats" somebody does one exercise: every clip of the `number`-th of `repeats`
+        once, in their order and without a jump.
         """
         rng = np.random.default_rng((seed, number, FORMS.index(form)))
         if form == "whole":
@@ -107,7 +110,14 @@ class Streams:
                 raise DataError(f"{self.clips.source.name}: streams of the form whole need recordings, these are clips")
             i = number % len(self.recordings)
             return self._labelled(_Piece(self.recordings.frames[i], self._segments(i)))
-        pieces = list(self._joined(self.groups[number % len(self.groups)], form == "smooth", actions, None, rng))
+        if form == "repeats":
+            if not self.repeats:
+                raise DataError(f"{self.clips.source.name}: streams of the form repeats need two clips of one class in one group of streams.together")
+            group = self.repeats[number % len(self.repeats)]
+            pieces = list(self._joined(group.tolist(), group, True, None, rng))
+        else:
+            group = self.groups[number % len(self.groups)]
+            pieces = list(self._joined(self._drawn(group, actions, rng), group, form == "smooth", None, rng))
         starts = np.cumsum([0, *(len(piece.frames) for piece in pieces)])
         segments = [piece.segments + np.array([start, start, 0]) for piece, start in zip(pieces, starts, strict=False)]
         return self._labelled(_Piece(np.concatenate([piece.frames for piece in pieces]), np.concatenate(segments)))
@@ -125,7 +135,8 @@ class Streams:
             pieces = self._played(int(rng.integers(len(self.recordings))), actions, look, rng)
         else:
             smooth = rng.random() >= c.cuts
-            pieces = self._joined(self.groups[rng.integers(len(self.groups))], smooth, actions, look, rng)
+            group = self.groups[rng.integers(len(self.groups))]
+            pieces = self._joined(self._drawn(group, actions, rng), group, smooth, look, rng)
         return pieces if look is None else self._seen(pieces, look, rng)
 
     def _look(self, rng: np.random.Generator) -> _Look | None:
@@ -147,13 +158,11 @@ class Streams:
             if len(piece.frames):
                 yield replace(piece, frames=self.augment.disturb(self.augment.apply(look.change, piece.frames, centre), rng, look.noise))
 
-    def _joined(self, group: Indices, smooth: bool, actions: int, look: _Look | None, rng: np.random.Generator) -> Iterator[_Piece]:
-        """Clips of a group one after another, never twice the same where there are two; with `smooth` the body moves from each to the next."""
+    def _joined(self, chosen: Iterable[int], group: Indices, smooth: bool, look: _Look | None, rng: np.random.Generator) -> Iterator[_Piece]:
+        """Clips of a group one after another; with `smooth` the body moves from each to the next."""
         last: Frames | None = None
-        chosen = -1
-        for _ in range(actions):
-            chosen = self._next(group, chosen, rng)
-            clip, speed = self.clips.frames[chosen], 1.0
+        for index in chosen:
+            clip, speed = self.clips.frames[index], 1.0
             if look is not None and self.augment is not None:
                 speed = look.change.speed * float(np.exp(rng.uniform(-1, 1) * np.log(SPEEDS)))
                 clip = resample(self.augment.cut(clip, rng), speed)
@@ -162,16 +171,19 @@ class Streams:
                 clip = clip + self._shift(clip[0], last)
                 between = self._movement(last, clip[0], self._jitter(group, speed, rng), rng)
             last = clip[-1]
-            segment = [[len(between), len(between) + len(clip), int(self.clips.labels[chosen])]]
+            segment = [[len(between), len(between) + len(clip), int(self.clips.labels[index])]]
             yield _Piece(np.concatenate([between, clip]), np.array(segment, np.int64))
 
-    def _next(self, group: Indices, before: int, rng: np.random.Generator) -> int:
-        """Another clip than the one before, where there is one, and of the same class as often as the configuration says."""
-        left = group[group != before] if len(group) > 1 else group
-        if before >= 0 and self.config.repeat and rng.random() < self.config.repeat:
-            same = left[self.clips.labels[left] == self.clips.labels[before]]
-            left = same if len(same) else left
-        return int(left[rng.integers(len(left))])
+    def _drawn(self, group: Indices, actions: int, rng: np.random.Generator) -> Iterator[int]:
+        """Clips of a group, never twice the same in a row where there are two, and of one class in a row as often as the configuration says."""
+        chosen = -1
+        for _ in range(actions):
+            left = group[group != chosen] if len(group) > 1 else group
+            if chosen >= 0 and self.config.repeat and rng.random() < self.config.repeat:
+                same = left[self.clips.labels[left] == self.clips.labels[chosen]]
+                left = same if len(same) else left
+            chosen = int(left[rng.integers(len(left))])
+            yield chosen
 
     def _played(self, recording: int, actions: int, look: _Look | None, rng: np.random.Generator) -> Iterator[_Piece]:
         """A recording from somewhere in it on, for so many actions or to its end."""

@@ -71,6 +71,8 @@ def test_a_network_for_streams_beside_one_for_clips(runs: dict[str, Path], monke
         (["{clipped}"], "was not trained on streams"),
         (["{streamed}", "--clips", "{clipped}", "--clips", "{clipped}"], "give one for each"),
         (["{streamed}", "--split", "training"], "there are test and validation"),
+        (["{streamed}", "--form", "jumps"], "there are cuts, smooth, whole, repeats"),
+        (["{streamed}", "--form", "whole"], "streams of the form whole need recordings"),
     ],
 )
 def test_faults_are_one_line(

@@ -56,6 +56,11 @@ def test_detections_match_once_each_by_label_and_overlap() -> None:
     assert f1([held]) == pytest.approx(2 * 2 / (3 + 3))
 
 
+def test_streams_are_counted_right_where_as_many_events_are_found_as_there_are_actions() -> None:
+    figures = measure([scores("wwnnwwnn"), scores("wwwwwwnn")], [segments((0, 2, 0), (4, 6, 0))] * 2, CLASSES, RULES)
+    assert figures.counted == 0.5
+
+
 def test_one_event_over_two_performances_counts_once() -> None:
     held = match(segments((0, 10, 0), (10, 14, 0)), detect(RULES, CLASSES, scores("w" * 14)))
     assert held.matches.tolist() == [[0, 0]]

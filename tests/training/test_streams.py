@@ -87,6 +87,18 @@ def test_an_action_is_done_again_as_often_as_is_said_but_never_by_the_same_clip(
     assert (clips[1:] != clips[:-1]).all()
 
 
+def test_repeats_are_one_exercise_of_one_group_each_clip_once_in_order() -> None:
+    made = streams(labelled(24), together=("subject",), idle=4)
+    assert len(made.repeats) == 4 * 3  # subjects, classes
+    for number, group in enumerate(made.repeats):
+        stream = made.stream("repeats", number, seed=1)
+        assert len({label for _, _, label in stream.segments.tolist()}) == 1
+        assert [int(stream.frames[begin, 1]) for begin, _, _ in stream.segments.tolist()] == group.tolist()
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(stream.segments.tolist()))
+    with pytest.raises(DataError, match="two clips of one class"):
+        streams(labelled(3), together=("subject",)).stream("repeats", 0, seed=1)
+
+
 def test_a_body_that_moves_from_one_action_to_the_next_never_jumps() -> None:
     made = streams(bodies(), together=("subject",))
     steps = {}
