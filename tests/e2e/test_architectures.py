@@ -1,4 +1,4 @@
-"""State widths differ, the service does not notice: a GRU, a dense stack and a language model, published and served side by side."""
+"""State widths differ, the service does not notice: a GRU, a dense stack, one that resets itself and a language model, published and served side by side."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra `trai
 MODELS: dict[str, dict[str, Any]] = {
     "gru": {"kind": "gru", "layers": 2, "horizon": 0},
     "dense": {"kind": "dense", "blocks": [1, 1], "growth": 4},
+    "reset": {"kind": "residual", "layers": 2, "average": 8, "reset": "soft", "boundary_units": 6},
     "tokens": {"kind": "residual", "layers": 2, "head": "tokens", "memory": "normal"},
 }
 VOCABULARY = tuple("abcdefg")
@@ -81,6 +82,7 @@ def test_manifests_say_what_each_is(published: Any) -> None:
     assert said == {
         "gru": ("classification", "gru", 2, 24, 4 + 48),  # 4: the frame before, and that it was seen
         "dense": ("classification", "dense", 7, 24, 4 + 24 + 20 + 14 + 20 + 9),
+        "reset": ("classification", "residual, soft reset", 2, 24, 4 + 3 * 24 + 4 + 2 * 6),  # 4 of the average: three classes and their weight
         "tokens": ("tokens", "residual", 2, 24, 3 * 24),
     }
 

@@ -34,6 +34,14 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"RecurrenceIdentity", "Recurrence"},
     ),
     "dense, tanh, norm before": (DENSE | {"activation": "tanh", "norm": "before"}, {"RecurrenceTanh"}),
+    "plain, identity, soft reset": (
+        {"activation": "identity", "reset": "soft", "boundary_units": 5, "norm": "before"},
+        {"GatedRecurrenceIdentity", "RecurrenceIdentity"},
+    ),
+    "dense, tanh, convolution, soft reset": (
+        DENSE | {"activation": "tanh", "filters": 2, "reset": "soft", "boundary_units": 5},
+        {"GatedRecurrenceTanh", "RecurrenceTanh"},
+    ),
     "dense, identity, no norm": (DENSE | {"activation": "identity", "norm": "none"}, {"RecurrenceIdentity"}),
     "rnn": ({"kind": "rnn", "horizon": 0}, {"RNNTanh"}),
     "irnn": ({"kind": "irnn", "horizon": 0}, {"RNNRelu"}),

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 BATCH = 11
 # Everything that draws random numbers or looks across the batch is on.
 SECTIONS: dict[str, Any] = {
-    "model": {"norm": "after", "dropout": 0.3, "input_dropout": 0.1, "average": 8},
+    "model": {"norm": "after", "dropout": 0.3, "input_dropout": 0.1, "average": 8, "reset": "soft", "boundary_units": 4},
     "train": {"epochs": 4, "batch": BATCH, "class_weights": "balanced", "ema": 0.9},
 }
 

@@ -174,15 +174,6 @@ def test_two_exports_of_the_same_weights_are_the_same_file(exported: Any, networ
     assert torch.equal(torch.get_rng_state(), before)  # an export in the middle of a run changes nothing of it
 
 
-@pytest.mark.parametrize("activation", ["tanh", "identity"])
-def test_a_reset_of_other_activations(lived_in: Callable[..., Network], activation: Any) -> None:
-    network = lived_in(ModelConfig(kind="plain", layers=1, units=6, horizon=20, activation=activation, reset="soft", boundary_units=4, boundary_layers=1), (2,))
-    runner, frames = Runner(to_onnx(network)), np.random.default_rng(0).normal(0, 1, (3, 20, 2)).astype(np.float32)
-    state, lengths = np.random.default_rng(1).random((3, runner.state_width), np.float32), [20, 9, 0]
-    for ours, theirs in zip(runner(frames, lengths, state), through_torch(network, frames, lengths, state), strict=True):
-        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
-
-
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 99))
 def test_a_network_that_resets_itself_frame_by_frame_and_in_a_batch_to_the_bit(runners: Any, seed: int) -> None:

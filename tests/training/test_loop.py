@@ -16,6 +16,7 @@ from tests.training.synthetic import clip_set, config, cued_clips, recording_set
 from training import checkpoint, loop
 from training.checkpoint import BEST, LAST, CheckpointError, load
 from training.config import Config, ConfigError, StreamConfig
+from training.datasets.clips import Frames
 from training.evaluate import evaluate, evaluate_streams
 from training.loop import METRICS, Progress, TrainingDiverged, train
 from training.splits import Data, split
@@ -350,3 +351,35 @@ def test_a_network_taught_streams_stays_right_on_them_and_one_taught_clips_does_
     for form in (0, 1):
         assert accuracy["streams"][form] > 0.85
         assert accuracy["streams"][form] > accuracy["clips"][form] + 0.25
+
+
+def test_on_streams_a_network_learns_to_clear_its_state_where_the_class_changes(tmp_path: Path) -> None:
+    """By then one that is equal but for the reset still answers with what is over."""
+    clips, accuracy = cued_clips(), {}
+    for reset in ("soft", "none"):
+        settings = config(
+            model={"units": 16, "horizon": 60, "average": 10, "reset": reset, "boundary_units": 8},
+            train={"epochs": 10, "batch": 16},
+            streams={"steps": 10, "frames": 64, "validation": [2, 6], "together": ["subject"]},
+        )
+        network = load(fit(settings, tmp_path / reset, clips)).network()
+        made = Streams(split(settings, clips).named("test"), STREAM)
+        streams = [made.stream("cuts", i, seed=1, actions=20) for i in range(10)]
+        accuracy[reset] = evaluate_streams(network, streams).accuracy
+        if reset == "soft":
+            kept = [(_keep_of(network, stream.frames), stream.labels) for stream in streams]
+    changed = [np.flatnonzero(np.diff(labels)) + 1 for _, labels in kept]
+    assert accuracy["soft"] > accuracy["none"] + 0.2
+    at_change = np.concatenate([keep[at] for (keep, _), at in zip(kept, changed, strict=True)])
+    long_after = np.concatenate([keep[at - 3] for (keep, _), at in zip(kept, changed, strict=True)])  # where the action has been going on
+    assert len(at_change) > 100
+    assert np.median(at_change) < 0.7
+    assert np.median(long_after) > 0.9
+
+
+def _keep_of(network: Network, frames: Frames) -> Frames:
+    """The share of its state that a network keeps at each frame, (T,)."""
+    with torch.no_grad():
+        boundary = network.outputs(torch.from_numpy(frames)[None], torch.tensor([len(frames)]), network.initial_state(1)).boundary
+    assert boundary is not None
+    return torch.sigmoid(-boundary[0]).numpy()
