@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -250,7 +251,7 @@ def run(args: argparse.Namespace, console: Console) -> Report:
     source = Source(held, args.frames, args.seed)
     if len(list(itertools.islice(source.actions(), 2))) < 2:
         raise BenchError(f"{args.frames} frames hold no two whole actions: ask for more, a first and a last one are needed")
-    known = conditions([0], **described(served, held, frames=args.frames, seed=args.seed))
+    known = conditions(list(range(os.cpu_count() or 1)), **described(served, held, frames=args.frames, seed=args.seed))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
         task = progress.add_task("the running service", total=args.frames)

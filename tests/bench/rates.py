@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -167,7 +168,7 @@ async def measure(url: str, served: Served, held: HeldOut, rate: Rate, streams: 
 def run(args: argparse.Namespace, console: Console) -> Report:
     served, held = prepare(args)
     streams = [held.finite(number, args.actions, args.seed) for number in range(args.streams)]
-    known = conditions([0], **described(served, held, fps=held.fps, streams=args.streams, actions=args.actions, seed=args.seed))
+    known = conditions(list(range(os.cpu_count() or 1)), **described(served, held, fps=held.fps, streams=args.streams, actions=args.actions, seed=args.seed))
     results: dict[str, Result] = {}
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with (
@@ -201,7 +202,7 @@ def table(report: Report, fps: float) -> Table:
         result = report.results[rate.name]
         below = [100 * (own.frames - result.frames), 100 * (own.actions - result.actions)]
         name = f"{fps * rate.ratio:g}, {rate.name}"
-        cells = [f"{100 * result.frames:.2f}", f"{100 * result.actions:.2f}", *("" if rate is OWN else f"{points:+.2f}" for points in below)]
+        cells = [f"{100 * result.frames:.2f}", f"{100 * result.actions:.2f}", *("" if rate is OWN else f"{round(points, 2) + 0.0:+.2f}" for points in below)]
         shown.add_row(name, *cells, *("-" if math.isnan(value) else f"{value:.3f}" for value in (result.f1, result.seconds_late)))
     return shown
 

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
+from model.contract import MANIFEST_KEY, MODEL_FILE
 from tests.bench import endless
-from tests.bench.conftest import arguments
+from tests.bench.conftest import PLAIN, arguments
 from tests.bench.endless import Beside, Memory, Report, Streamed, chance, resident_mb
 from tests.bench.held_out import BenchError
+from tests.toy_models import build, manifest_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,22 +46,46 @@ def test_a_short_stream(toys: dict[str, Path], tmp_path: Path, model: str, monke
     assert ("events that started" in said.out) == (model == "bodies")
 
 
+def test_a_network_that_forgets_nothing_is_found_out(
+    toys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With u = 1 in every unit the state adds up whatever comes, and the scores stay finite."""
+    graph = build(PLAIN)
+    for constant in graph.graph.initializer:
+        if constant.name in ("u0", "u1"):
+            constant.CopyFrom(numpy_helper.from_array(np.ones(PLAIN.units, np.float32), constant.name))
+    onnx.helper.set_model_props(graph, {MANIFEST_KEY: manifest_of(PLAIN, graph, "endless").to_json()})
+    path = tmp_path / "endless" / "1" / MODEL_FILE
+    path.parent.mkdir(parents=True)
+    onnx.save(graph, path)
+    monkeypatch.setattr(sys, "argv", ["endless", *arguments({**toys, "models": tmp_path}, "endless", "--frames", "2000")])
+    status = endless.main()
+    said = capsys.readouterr()
+    assert status == 1
+    assert "MISSED: the state is not bounded" in said.err
+    assert "| all scores finite" in said.out
+
+
 def test_ctrl_c_leaves_nothing_behind(toys: dict[str, Path]) -> None:
     command = [sys.executable, "-W", "error", "-m", "tests.bench.endless", *arguments(toys, "plain", "--frames", "10000000")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
-        while not (children := _children(process.pid)) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        while not (children := _servers(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "stopped" in said
     assert "Traceback" not in said
+    assert children
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 
-def _children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+def _servers(process: int) -> list[int]:
+    """Child processes that are past their fork and run the service."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in children if b"\0service\0" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize(
