@@ -203,7 +203,7 @@ def _share_out(
     g: Array, start: int, before: Array, before_at: int, keep: Array, keep_at: int, keep_row: int, moves: Array, moves_at: int, moves_row: int,
     gk: Array, gk_at: int, products: Array, width: int, rows: int,
 ) -> None:  # fmt: skip
-    """From the gradient of keep * before, in g, to those of keep and of before. Sums are taken by halves: exact, and as vectors."""
+    """From the gradient of keep * before, in g, to those of keep and of before. Sums are taken by halves: less is rounded away, and they are vectorised."""
     units = len(products)
     for b in range(rows):
         if not moves[moves_at + b * moves_row]:
