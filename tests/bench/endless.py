@@ -46,7 +46,7 @@ ENDS = 50  # actions at each end that are held against each other
 SAMPLES = 200  # of memory
 WARM_UP = 0.1  # share of the frames after which memory may grow no more
 MOST_GROWTH_MB = 4.0
-CHANCE = 0.05  # how seldom luck alone may make the last actions look that much worse
+CHANCE = 0.01  # how seldom luck alone may make the last actions look that much worse; low, as wrong actions come in series
 MOST_STATE = 2.0  # times the largest state of the first tenth
 
 Watch = Callable[[int], None]

@@ -1,6 +1,6 @@
 """Streams of people whom a served model has never seen: the model's file, its configuration's test clips, and the body moving from one to the next.
 
-Nothing jumps: the clips of all these people make one group, and between two of them the body goes over from one pose to the other.
+Nothing jumps: between two clips the body goes over from one pose to the other, be it another person's.
 """
 
 from __future__ import annotations
@@ -79,8 +79,11 @@ class HeldOut:
         manifest = served.manifest
         nothing = manifest.events.nothing if manifest.events is not None else None
         settings = read.streams or StreamConfig(repeat=REPEATED)
-        settings = dataclasses.replace(settings, together=(), cuts=0.0, whole=0.0, stay=(WITHOUT_END, WITHOUT_END), nothing=nothing or "")
-        self.streams = Streams(splits.load(read).whole("test"), settings)
+        settings = dataclasses.replace(settings, nothing=nothing or "")
+        unseen = splits.load(read).whole("test")
+        self.streams = Streams(unseen, settings)
+        without_end = dataclasses.replace(settings, together=(), cuts=0.0, whole=0.0, stay=(WITHOUT_END, WITHOUT_END))
+        self._without_end = Streams(unseen, without_end)
         clips = self.streams.clips
         if clips.frame_shape != manifest.frame_shape:
             raise BenchError(f"{config}: frames of its data are {clips.frame_shape}, the model {served.name} takes {manifest.frame_shape}")
@@ -90,16 +93,19 @@ class HeldOut:
         self._labels = np.array([manifest.classes.index(name) for name in clips.classes])
 
     def endless(self, frames: int, seed: int) -> Iterator[Stream]:
-        """One stream of so many frames, piece by piece; of equal arguments the same. An action that does not fit any more is none of its segments."""
+        """One stream of so many frames, in which anybody follows anybody, piece by piece; of equal arguments the same.
+
+        An action that does not fit any more is none of its segments.
+        """
         left = frames
-        for piece in self.streams.pieces(np.random.default_rng(seed)):
+        for piece in self._without_end.pieces(np.random.default_rng(seed)):
             yield self._named(piece.frames[:left], piece.segments[piece.segments[:, 1] <= left])
             left -= len(piece.frames)
             if left <= 0:
                 return
 
     def finite(self, number: int, actions: int, seed: int) -> Stream:
-        """A stream of so many actions, whole; of equal arguments the same."""
+        """A stream of so many actions, of one person where the configuration says so: one that `python -m training streams` reports on, if of its seed."""
         stream = self.streams.stream("smooth", number, seed=seed, actions=actions)
         return self._named(stream.frames, stream.segments)
 
