@@ -28,9 +28,9 @@ LAYERS = {
     "training": [
         ["config", "datasets.clips", "onnx_file", "prefetch", "folds"],
         ["datasets.recordings", "datasets.archives", "datasets.frame_files"],
-        ["datasets.*", "augment", "splits", "samples", "distributed", "schedule"],
+        ["datasets.*", "augment", "splits", "distributed", "schedule"],
         ["streams"],
-        ["batches", "checkpoint"],
+        ["samples", "batches", "checkpoint"],
         ["evaluate", "export", "verify", "loss", "memory", "stream_figures"],
         ["stream_scores", "event_rules"],
         ["report", "publish", "preflight", "scores", "feed"],

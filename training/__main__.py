@@ -35,11 +35,11 @@ from training.onnx_file import read_manifest
 from training.preflight import check, check_values
 from training.publish import metrics_of, next_version, publish
 from training.report import draw_confusion, draw_curves, mean_and_deviation, recall_table, runs_table
-from training.samples import write_samples
+from training.samples import repetitions, write_samples
 from training.scores import ScoresError, average
 from training.splits import Splits, describe, read, split
 from training.splits import load as load_splits
-from training.stream_command import stream_rules, streams
+from training.stream_command import stream_metrics, stream_rules, streams
 from training.streams import Streams
 from training.verify import VerificationError, verify_file
 
@@ -154,19 +154,24 @@ def export(
     part = "test" if splits.test is not None else "validation" if splits.validation is not None else "training"
     clips = splits.named(part)
     check_values(found.config, clips, part)
-    result = run_clips(found.network(), clips)
-    protocol = found.config.export.protocol or f"{part} clips, score at the last frame"
-    metrics = metrics_of(protocol, accuracy=result.accuracy, frame_accuracy=result.frame_accuracy)
+    protocol = found.config.export.protocol or ("streams never reset" if found.config.streams else f"{part} clips, score at the last frame")
     rules = found.config.export.events
     if rules is None and found.config.streams is not None:
         chosen_on = "validation" if splits.validation is not None else "training"
         _say(f"  rules for events, on {chosen_on} streams")
         rules = stream_rules(found.network(), Streams(splits.whole(chosen_on), found.config.streams), "smooth")
+    if found.config.streams is None:
+        result = run_clips(found.network(), clips)
+        values = {"accuracy": result.accuracy, "frame_accuracy": result.frame_accuracy}
+    else:
+        assert rules is not None
+        values = stream_metrics(found.network(), Streams(splits.whole(part), found.config.streams), rules)
+    metrics = metrics_of(protocol, **values)
     with _bar("streaming") as advance:
         manifest = publish(found, clips, metrics, target, say=lambda text: _say(f"  {text}"), watch=advance, events=rules)
     stream = manifest.stream
     assert stream is not None
-    console.print(f"[bold]{escape(str(target / 'model.onnx'))}[/bold]  accuracy {100 * result.accuracy:.1f} % ({escape(protocol)})", soft_wrap=True)
+    console.print(f"[bold]{escape(str(target / 'model.onnx'))}[/bold]  accuracy {100 * values['accuracy']:.1f} % ({escape(protocol)})", soft_wrap=True)
     console.print(f"  parity {manifest.parity.scores_abs:.1e}; on streams: {100 * stream.accuracy_first:.1f} % at the first clip, ", end="")
     console.print(f"{100 * stream.accuracy_last:.1f} % at the last five of twenty" + (" [yellow](declines)[/yellow]" if stream.declines else ""))
     _say(f"next: {_python()} -m service --models {target.parent.parent}")
@@ -202,12 +207,16 @@ def samples(
     config: ConfigFile,
     to: Annotated[Path, typer.Option(help="folder to write to")],
     data: Data = "",
-    longest: Annotated[int, typer.Option(help="frames kept of a longer recording")] = 150,
+    longest: Annotated[int, typer.Option(help="frames kept of a longer recording")] = 400,
     decimals: Annotated[int, typer.Option(help="digits kept behind the point")] = 3,
 ) -> None:
-    """Write one held-out recording of every class as JSON, to post to a service or play into it, and to verify a file with."""
+    """Write one held-out recording of every class as JSON, to post to a service or play into it, and to verify a file with.
+
+    With streams in the configuration somebody repeats it in each.
+    """
     settings = _with_path(load(config, []), data)
-    paths = write_samples(split(settings, read(settings, settings.data.options)).named("test"), to, longest, decimals)
+    clips = split(settings, read(settings, settings.data.options)).named("test")
+    paths = write_samples(repetitions(Streams(clips, settings.streams)) if settings.streams else clips, to, longest, decimals)
     console.print(f"{len(paths)} recordings in {to}: {', '.join(path.name for path in paths)}")
 
 

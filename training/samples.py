@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from training.datasets.clips import ClipSet, Frames
+from training.streams import Streams
 
 INDEX = "index.csv"
 
@@ -36,6 +38,24 @@ def write_samples(clips: ClipSet, folder: Path, longest: int, decimals: int = 3)
     with (folder / INDEX).open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("file", "label"), *((path.name, name) for path, name in written)])
     return [path for path, _ in written]
+
+
+def repetitions(streams: Streams, whole: int = 2) -> ClipSet:
+    """For every class one person who does it again and again, with pauses; the recording stops in the middle of the repetition after `whole` ones.
+
+    Classes that nobody does twice are left out. Raises `DataError` when that is all of them.
+    """
+    clips, numbers, frames = streams.clips, dict[int, int](), []
+    for number, group in enumerate(streams.repeats):
+        numbers.setdefault(int(clips.labels[group[0]]), number)
+    chosen = [numbers[label] for label in sorted(numbers)]
+    for number in chosen:
+        stream = streams.stream("repeats", number, seed=0)
+        first, end, _ = stream.segments[min(whole, len(stream.segments) - 1)].tolist()
+        frames.append(stream.frames[: (first + end) // 2 + 1])
+    if not frames:
+        streams.stream("repeats", 0, seed=0)  # says why there are none
+    return replace(clips.take([streams.repeats[number][0] for number in chosen]), frames=tuple(frames))
 
 
 def _plain(frames: Frames, decimals: int) -> object:

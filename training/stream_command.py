@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from model.contract import EventRules
+from model.network import Network
 from training import checkpoint as checkpoints
 from training import splits as data_splits
 from training.config import Config, ConfigError
@@ -102,10 +103,18 @@ def _measure(pair: Pair, config: Config, splits: Splits, part: str, only: str, c
     return found
 
 
-def stream_rules(network: Any, choice: Streams, form: Form) -> EventRules:
+def stream_rules(network: Network, choice: Streams, form: Form) -> EventRules:
     """The rules for events that find most on streams of this form."""
     held = finite_streams(choice, form, 24, 12, CHOICE_SEED)
     return rules_for(left_running(network, [one.frames for one in held]), held, choice.classes, choice.config.nothing or None)
+
+
+def stream_metrics(network: Network, made: Streams, rules: EventRules) -> dict[str, float]:
+    """What a manifest says of a network for streams: 40 smooth streams of 50 actions, `accuracy` is that per action, those called nothing wrong."""
+    own = finite_streams(made, "smooth", 40, 50, SEED)
+    found = stream_row(network, own, made.classes, rules).figures
+    values = {"accuracy": found.actions_strict, "frame_accuracy": found.frames, "nothing_accuracy": found.nothing, "events_f1": found.f1}
+    return {name: value for name, value in values.items() if value == value}
 
 
 def _say(text: str) -> None:

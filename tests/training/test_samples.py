@@ -1,0 +1,47 @@
+"""Sample recordings: somebody who repeats an exercise, stopped in the middle of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.training.synthetic import clip_set
+from training.config import StreamConfig
+from training.datasets import clip_folder
+from training.datasets.clips import DataError
+from training.samples import repetitions, write_samples
+from training.streams import Streams
+
+
+def test_repetitions_stop_in_the_middle_of_the_third() -> None:
+    streams = Streams(clip_set(48, joints=13), StreamConfig(together=("subject",), idle=10))
+    samples = repetitions(streams)
+    assert samples.labels.tolist() == [0, 1, 2]
+    assert set(samples.groups["subject"]) == {"a"}  # one person, the first who does it twice
+    for frames, label in zip(samples.frames, samples.labels, strict=True):
+        number = next(i for i, group in enumerate(streams.repeats) if streams.clips.labels[group[0]] == label)
+        stream = streams.stream("repeats", number, seed=0)
+        begin, end, _ = stream.segments[2].tolist()
+        assert begin < len(frames) <= end
+        assert np.array_equal(frames, stream.frames[: len(frames)])
+
+
+def test_where_nobody_repeats_anything_it_is_said() -> None:
+    with pytest.raises(DataError, match="two clips of one class"):
+        repetitions(Streams(clip_set(3), StreamConfig(together=("subject",))))
+
+
+def test_samples_are_bodies_of_requests_and_a_clip_folder(tmp_path: Path) -> None:
+    clips = clip_set(12, longest=24)
+    paths = write_samples(clips, tmp_path / "samples", longest=10, decimals=2)
+    assert [path.name for path in paths] == ["rising.json", "falling.json", "waving.json"]
+    read = clip_folder.load(tmp_path / "samples", units="metres", fps=30.0)
+    for path, frames in zip(paths, read.frames, strict=True):
+        body = json.loads(path.read_text())
+        assert set(body) == {"frames"}
+        assert len(frames) <= 10
+        assert np.array_equal(np.array(body["frames"], np.float32), frames)
+    assert [read.classes[label] for label in read.labels] == ["rising", "falling", "waving"]
