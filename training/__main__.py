@@ -23,7 +23,7 @@ from model.contract import ManifestError
 from model.skeletons import UnknownLayout
 from training import checkpoint as checkpoints
 from training import scores
-from training.config import Config, ConfigError, load
+from training.config import Config, ConfigError, load, override
 from training.datasets import clip_folder
 from training.datasets.clips import DataError
 from training.distributed import Group, ProcessLost, choose_device, joined
@@ -143,10 +143,12 @@ def export(
     run: Run,
     to: Annotated[Path | None, typer.Option(help="folder of the version, by default models/NAME/N, the next free N")] = None,
     data: Data = "",
+    overrides: Override = None,
     replace_file: Annotated[bool, typer.Option("--replace", help="replace a model.onnx that is there")] = False,
 ) -> None:
     """Export a run to one model.onnx, proved on held-out clips before it gets its name."""
     found = checkpoints.load(run / checkpoints.BEST)
+    found.config = override(found.config, overrides)
     target = to or next_version(Path("models") / found.config.name)
     if (target / "model.onnx").exists() and not replace_file:
         raise FileExistsError(f"{target / 'model.onnx'} exists: choose another --to, or pass --replace")

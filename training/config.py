@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import tomllib
@@ -216,6 +217,21 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
         return from_dict(value)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def override(config: Config, overrides: list[str] | None) -> Config:
+    """A configuration with "section.key=value" laid over it; raises `ConfigError` as `load` does."""
+    value = copy.deepcopy(config.to_dict())
+    for one in overrides or []:
+        _apply(value, one)
+    return from_dict(_listed(value)) if overrides else config
+
+
+def _listed(value: Any) -> Any:
+    """TOML has lists, not tuples."""
+    if isinstance(value, dict):
+        return {name: _listed(item) for name, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _apply(value: dict[str, Any], override: str) -> None:

@@ -15,7 +15,7 @@ from model.contract import EventRules
 from model.network import Network
 from training import checkpoint as checkpoints
 from training import splits as data_splits
-from training.config import Config, ConfigError
+from training.config import Config, ConfigError, override
 from training.report import early_table, streams_table
 from training.splits import Splits
 from training.stream_report import Row, clip_rows, clip_rules, finite_streams, mean_row, rules_for, stream_row
@@ -48,6 +48,7 @@ def streams(
     actions: Annotated[int, typer.Option(min=2, help="actions in each of them")] = 50,
     form: Annotated[str, typer.Option(help=f"only this form of streams: {', '.join(FORMS)}; see Streams in training/README.md")] = "",
     window: Annotated[int, typer.Option(min=2, help="frames of the sliding window")] = 31,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="override one value of the configuration, e.g. export.events")] = None,
     last: Annotated[bool, typer.Option("--last", help="the weights of the last epoch, not those that the validation part chose: for folds")] = False,
 ) -> None:
     """Run networks over long streams and say how right they are: per frame, per action and its place, as events. Kept as streams-SPLIT.json in each run."""
@@ -63,7 +64,7 @@ def streams(
     results: dict[str, dict[str, list[Row]]] = {}
     known: tuple[Config, Splits] | None = None
     for pair in pairs:
-        config = pair.streams.config
+        config = override(pair.streams.config, overrides)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data)) if data else config
         if known is None or dataclasses.replace(known[0], seed=config.seed) != config:
             known = config, data_splits.load(config)
@@ -93,7 +94,7 @@ def _measure(pair: Pair, config: Config, splits: Splits, part: str, only: str, c
         raise ConfigError("the run given with --clips has other classes than the clips of this one")
     found: dict[str, list[Row]] = {}
     for form in [one for one in FORMS if one == only] or made.forms:
-        _say(f"{pair.run}: {form}; rules for events are chosen on {chosen_on} streams")
+        _say(f"{pair.run}: {form}; rules for events {'of the configuration' if config.export.events else f'are chosen on {chosen_on} streams'}")
         own, held = finite_streams(made, form, count, actions, SEED), finite_streams(choice, form, 24, 12, CHOICE_SEED)
         rules = config.export.events or stream_rules(network, choice, form)
         found[form] = [stream_row(network, own, made.classes, rules)]

@@ -1,6 +1,7 @@
 """Configurations: strict, with faults named by key; `--set` on top; every shipped file reads."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import tomli_w
 
 from tests.training.synthetic import settings, write_config
-from training.config import Config, ConfigError, StreamConfig, from_dict, load
+from training.config import Config, ConfigError, StreamConfig, from_dict, load, override
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
@@ -214,3 +215,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_is_a_value() -> None:
     assert from_dict(settings()) == from_dict(settings())
     assert isinstance(from_dict(settings()), Config)
+
+
+def test_values_may_be_laid_over_a_configuration_that_was_read(tmp_path: Path) -> None:
+    read = load(write_config(tmp_path / "c.toml", streams={"together": ["subject"]}))
+    changed = override(read, ['export.events={ nothing = "nothing", enter = 0.6, leave = 0.4, least = 5, gap = 3 }', "streams.stay=[2, 3]"])
+    assert changed.export.events is not None
+    assert (changed.export.events.enter, changed.export.events.gap) == (0.6, 3)
+    assert changed.streams == replace(read.streams, stay=(2, 3))
+    assert replace(changed, export=read.export, streams=read.streams) == read
+    assert override(read, None) is read
+    with pytest.raises(ConfigError, match=r"events\.leave"):
+        override(read, ['export.events={ nothing = "nothing", enter = 0.6, leave = 0.7, least = 5, gap = 3 }'])
