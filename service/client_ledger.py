@@ -38,6 +38,10 @@ class _Chunk:
     def end(self) -> int:
         return self.first + len(self.frames)
 
+    def over(self, safe: int) -> bool:
+        """Whether a server that has the frames below `safe` for good has all of it."""
+        return self.end <= safe
+
     def message(self, taken: int) -> str | bytes | None:
         """What a server that has taken frames below `taken` still needs of it."""
         known = max(0, taken - self.first)
@@ -55,6 +59,10 @@ class _Reset:
     @property
     def end(self) -> int:
         return self.first
+
+    def over(self, safe: int) -> bool:
+        """Only what follows a reset shows that it was done: frames before it say nothing of it."""
+        return self.first < safe
 
     def message(self, taken: int) -> str | None:
         return json.dumps({"type": "reset", "at": self.first}) if taken <= self.first else None  # repeating one does nothing
@@ -116,6 +124,8 @@ class Ledger:
         return None if self.origin is None else self._times.get(frame, math.nan)
 
     def reset(self) -> None:
+        if self._kept and self._kept[-1] == _Reset(self.next_frame):
+            return  # a second one at the same place does nothing
         self._put(_Reset(self.next_frame))
 
     def mark_read(self, frame: int) -> None:
@@ -205,7 +215,7 @@ class Ledger:
         if not self._unread:
             self.read = self.received
         safe = self.read if self._durable is None else min(self.read, self._durable)
-        while self._kept and self._kept[0].end <= safe and (isinstance(self._kept[0], _Chunk) or len(self._kept) > 1):
+        while self._kept and self._kept[0].over(safe):
             item = self._kept.popleft()
             if isinstance(item, _Chunk) and item.t is not None:
                 for frame in range(item.first, item.end):

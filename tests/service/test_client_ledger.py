@@ -179,6 +179,33 @@ def test_a_reset_is_kept_until_something_after_it_was_answered() -> None:
     assert written(books) == [("ack", 2)]
 
 
+def test_a_reset_is_kept_while_only_what_came_before_it_was_answered() -> None:
+    books = ledger()
+    put(books, 1)
+    books.reset()
+    put(books, 2)
+    written(books)
+    read(books, *books.take(0, 1))
+    books.resume(1)  # the connection was lost before the server read the reset, or before its answer came
+    assert written(books) == [("reset", 1), ("frames", 1, 2)]
+    read(books, *books.take(1, 1))
+    books.resume(2)
+    assert written(books) == [("ack", 2), ("frames", 2, 1)]
+
+
+def test_resets_at_one_place_are_one() -> None:
+    books = ledger()
+    put(books, 1)
+    for _ in range(3):
+        books.reset()
+    assert written(books) == [("frames", 0, 1), ("reset", 1)]
+    books.reset()
+    assert written(books) == []
+    put(books, 1)
+    books.reset()
+    assert written(books) == [("frames", 1, 1), ("reset", 2)]
+
+
 def test_answers_that_will_not_come_hold_up_nothing() -> None:
     books = ledger(next_frame=20, read=0)
     assert not books.fits(1)
