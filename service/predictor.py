@@ -30,7 +30,7 @@ log = structlog.get_logger("predictor")
 _LARGE = 2**20  # bytes; payloads above are read in a thread, so that the event loop goes on
 _MANY = 2**16  # bytes; resampling more, which may give many times as many, is left to a thread for the same reason
 _MOST_QUEUED = 64  # messages of one session that wait for their turn
-MOST_FPS = 1000.0  # of clients whose rate is not the model's
+LEAST_FPS, MOST_FPS = 0.001, 1000.0  # of clients whose rate is not the model's; with less, the times of frames outgrow all numbers
 
 
 class Predictor:
@@ -448,7 +448,7 @@ def _settled(options: Options, runner: Runner) -> Options:
         raise LayoutUnknown(f"model {runner.name} takes no skeletons: it has no layout")
     if options.events and manifest.events is None:
         raise NoEvents(f"model {runner.name} has no events: there are no rules for them in its manifest")
-    if options.fps is not None and options.fps != manifest.fps and options.fps > MOST_FPS:
-        raise Malformed(f"fps {options.fps:g}: at most {MOST_FPS:g} frames a second are taken", fps=manifest.fps)
+    if options.fps is not None and options.fps != manifest.fps and not LEAST_FPS <= options.fps <= MOST_FPS:
+        raise Malformed(f"fps {options.fps:g}: from {LEAST_FPS:g} to {MOST_FPS:g} frames a second are taken", fps=manifest.fps)
     events = manifest.events is not None and options.events is not False
     return dataclasses.replace(options, layout=options.layout or manifest.layout, fps=options.fps or manifest.fps, events=events)

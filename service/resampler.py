@@ -28,6 +28,7 @@ Times = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 
 LONGEST_GAP_S = 2.0
+LATEST_S = 1e12  # of a client's clock, either side of 0: a step is still told from the next one
 MOST_BYTES = 2**28  # of the steps of one message: a slow client's few frames become many
 _NEAR = 1e-3  # steps; times given as seconds since 1970 are good to 1e-5 of a step
 
@@ -84,8 +85,8 @@ def read_times(value: Any, count: int, first: int) -> Times:
         held = f"{len(value)} times" if isinstance(value, list) else f"no list of times but {value!r:.60}"
         raise WrongTime(f"t holds {held} for {count} frames: send one time in seconds for each", frame=first)
     for place, time in enumerate(value):
-        if type(time) not in (int, float) or not abs(time) <= 1e12:
-            raise WrongTime(f"frame {first + place}: t must be a finite number of seconds, got {time!r:.60}", frame=first + place)
+        if type(time) not in (int, float) or not abs(time) <= LATEST_S:
+            raise WrongTime(f"frame {first + place}: t must be a number of seconds from {-LATEST_S:g} to {LATEST_S:g}, got {time!r:.60}", frame=first + place)
     return np.array(value, np.float64)
 
 

@@ -25,7 +25,7 @@ class StreamQuery(AnswerQuery):
 
     version: str | None = Field(None, description="of the model; default: the highest")
     layout: str | None = Field(None, description="joint layout of the frames, if not the model's own; `layouts` of the model says which are understood")
-    fps: float | None = Field(None, description="frame rate of the frames, if not the model's own; at most 1000")
+    fps: float | None = Field(None, description="frame rate of the frames, if not the model's own; from 0.001 to 1000")
 
 
 class StepQuery(AnswerQuery):

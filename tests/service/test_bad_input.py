@@ -272,6 +272,7 @@ MISSING: list[tuple[str, Callable[[httpx.Client], httpx.Response], int, str]] = 
     ("layout", lambda http: http.post("/v1/models/skeleton/sessions?layout=lego"), 422, "layout_unknown"),
     ("layout of a model without", lambda http: http.post("/v1/models/channels/sessions?layout=body-13"), 422, "layout_unknown"),
     ("too high a frame rate", lambda http: http.post("/v1/models/channels/sessions?fps=1000.5"), 400, "malformed"),
+    ("too low a frame rate", lambda http: http.post("/v1/models/gestures/predict?fps=1e-308", json={"frames": [[0, 0, 0]] * 3}), 400, "malformed"),
     ("no frame rate", lambda http: http.post("/v1/models/channels/sessions?fps=0"), 400, "malformed"),
     ("an endless frame rate", lambda http: http.post("/v1/models/channels/predict?fps=inf", json={"frames": [[0, 0, 0]]}), 400, "malformed"),
     ("events of a model without", lambda http: http.post("/v1/models/channels/sessions?events=true"), 422, "no_events"),

@@ -213,7 +213,7 @@ FAULTS: list[tuple[str, Callable[[Path], list[Any]], str]] = [
     ("unknown model", lambda clip: [clip, "--model", "nope"], "this service has: channels"),
     ("wrong shape", lambda clip: [clip, "--model", "skeleton"], "skeleton takes (13, 3)"),
     ("wrong layout", lambda clip: [clip, "--model", "skeleton", "--layout", "horse"], "--layout may be one of"),
-    ("wrong rate", lambda clip: [clip, "--model", "channels", "--fps", "1200"], "at most 1000 frames a second are taken"),
+    ("wrong rate", lambda clip: [clip, "--model", "channels", "--fps", "1200"], "from 0.001 to 1000 frames a second are taken"),
     ("bad address", lambda clip: [clip, "--model", "channels", "--url", "nowhere"], "looks like http://127.0.0.1:8000"),
     ("endless rate", lambda clip: [clip, "--model", "channels", "--fps", "inf"], "--fps must be a number above 0"),
     ("token beyond ASCII", lambda clip: [clip, "--model", "channels", "--token", "pässword"], "printable ASCII"),

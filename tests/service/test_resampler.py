@@ -146,7 +146,7 @@ def test_too_many_steps_are_refused() -> None:
     [
         (None, 7, "no list of times"),
         ([1.0, 2.0], 7, "2 times for 3 frames"),
-        ([1.0, "2", 3.0], 8, "frame 8: t must be a finite number"),
+        ([1.0, "2", 3.0], 8, "frame 8: t must be a number of seconds"),
         ([1.0, 2.0, True], 9, "frame 9"),
         ([float("nan"), 2.0, 3.0], 7, "frame 7"),
         ([1.0, 2.0, float("inf")], 9, "frame 9"),
