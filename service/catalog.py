@@ -1,53 +1,29 @@
-"""The models there are: `<directory>/<name>/<version>/model.onnx`. A file that cannot be served is reported, the others serve."""
+"""The models that are served, by name and version: which of them an asked version means, and which files were refused."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import structlog
-
-from model.contract import MODEL_FILE, NAME_PATTERN
-from service.engine import DeviceChoice, Engine, EngineError
+from model.contract import MODEL_FILE
+from service.engine import DeviceChoice
 from service.errors import ModelNotFound, StartupError
+from service.model_files import Entry, Failure, Key, Look, ModelFiles
 
 SHIPPED = Path(__file__).parent / "models"
-_RESERVED = ("stats",)
-
-log = structlog.get_logger("catalog")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A served model: the folders' names and the engine."""
-
-    name: str
-    version: str
-    engine: Engine
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A model that is there but cannot be served, and why."""
-
-    name: str
-    version: str
-    reason: str
-
-    def to_dict(self) -> dict[str, str]:
-        return {"name": self.name, "version": self.version, "reason": self.reason}
 
 
 class Catalog:
     """Loaded models by name and version; of each name the highest version, in natural order, is the default."""
 
-    def __init__(self, entries: Sequence[Entry], failures: Sequence[Failure]) -> None:
+    def __init__(self, files: ModelFiles, look: Look, entries: Iterable[Entry], failures: Iterable[Failure]) -> None:
+        self.files = files
+        self.look = look  # what the folders held when it was made
         self._models: dict[str, dict[str, Entry]] = {}
-        for entry in sorted(entries, key=lambda entry: (entry.name, natural(entry.version))):
-            self._models.setdefault(entry.name, {})[entry.version] = entry
-        self.failures = tuple(failures)
+        self._refused: dict[Key, Failure] = {failure.key: failure for failure in failures}
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            self._put(entry)
 
     @classmethod
     def load(cls, directories: Sequence[Path], device: DeviceChoice, threads: int | None) -> Catalog:
@@ -55,35 +31,31 @@ class Catalog:
 
         Raises `StartupError` when nothing can be served or a directory cannot be read.
         """
-        entries: list[Entry] = []
-        failures: list[Failure] = []
-        for name, folder in _model_folders(directories):
-            try:
-                versions = sorted(_folders(folder), key=lambda path: natural(path.name))
-            except OSError as error:
-                failures.append(Failure(name, "", f"{folder} cannot be read: {error.strerror}"))
-                continue
-            if not versions:
-                failures.append(Failure(name, "", f"{folder} holds no <version>/{MODEL_FILE}"))
-            for version in versions:
-                loaded = _load(name, version, device, threads)
-                if isinstance(loaded, Entry):
-                    entries.append(loaded)
-                else:
-                    failures.append(loaded)
+        files = ModelFiles(tuple(directories), device, threads)
+        look = files.look()
+        loaded = [files.read(key, place) for key, place in sorted(look.places.items(), key=lambda item: (item[0][0], natural(item[0][1])))]
+        entries = [one for one in loaded if isinstance(one, Entry)]
+        failures = [*look.failures, *(one for one in loaded if isinstance(one, Failure))]
         if not entries:
             raise StartupError(_nothing_to_serve(directories, failures))
-        return cls(entries, failures)
+        return cls(files, look, entries, failures)
 
     def __iter__(self) -> Iterator[Entry]:
         return (entry for versions in self._models.values() for entry in versions.values())
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        return tuple(sorted(self._refused.values(), key=lambda failure: (failure.name, natural(failure.version))))
 
     def names(self) -> list[str]:
         return list(self._models)
 
     def versions(self, name: str) -> list[str]:
-        """Versions that are served, the default last."""
+        """Versions that are served, the highest last."""
         return list(self._models[name])
+
+    def get(self, key: Key) -> Entry | None:
+        return self._models.get(key[0], {}).get(key[1])
 
     def find(self, name: str, version: str | None = None) -> Entry:
         """Raises `ModelNotFound` saying what there is instead."""
@@ -97,48 +69,41 @@ class Catalog:
             raise ModelNotFound(f"model {name} has no version {version!r:.140}" + (f": {broken[0].reason}" if broken else ""), versions=list(versions))
         return versions[version]
 
+    # What changes while the service runs, on its event loop alone.
+
+    def put(self, entry: Entry) -> None:
+        """Serves this file, in the place of one of the same name and version if there is one."""
+        self._refused.pop(entry.key, None)
+        self._put(entry)
+        self._models = dict(sorted(self._models.items()))
+
+    def refuse(self, failure: Failure) -> None:
+        """Remembers why a file is not served; what is served under its name and version stays."""
+        self._refused[failure.key] = failure
+
+    def remove(self, key: Key) -> None:
+        """Serves this version no longer."""
+        versions = self._models.get(key[0], {})
+        versions.pop(key[1], None)
+        if not versions:
+            self._models.pop(key[0], None)
+
+    def forget(self, key: Key) -> None:
+        """Its file is gone, and with it whatever was wrong with it."""
+        self._refused.pop(key, None)
+
+    def refuse_folders(self, failures: Iterable[Failure]) -> None:
+        """What is wrong with whole models' folders now, in the place of what was."""
+        self._refused = {key: failure for key, failure in self._refused.items() if key[1]} | {failure.key: failure for failure in failures}
+
+    def _put(self, entry: Entry) -> None:
+        versions = {**self._models.get(entry.name, {}), entry.version: entry}
+        self._models[entry.name] = dict(sorted(versions.items(), key=lambda item: natural(item[0])))
+
 
 def natural(text: str) -> list[tuple[int, int, str]]:
     """A sort key under which 10 comes after 9, and v2 after v1."""
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", text) if part]
-
-
-def _model_folders(directories: Sequence[Path]) -> list[tuple[str, Path]]:
-    found: dict[str, Path] = {}
-    for directory in directories:
-        if directory.is_dir():
-            try:
-                folders = _folders(directory)
-            except OSError as error:
-                raise StartupError(f"the models directory {directory} cannot be read: {error.strerror}") from None
-            for folder in folders:
-                found.setdefault(folder.name, folder)
-    return sorted(found.items())
-
-
-def _folders(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if path.is_dir() and not _hidden(path)]
-
-
-def _hidden(path: Path) -> bool:
-    return path.name.startswith((".", "_"))
-
-
-def _load(name: str, folder: Path, device: DeviceChoice, threads: int | None) -> Entry | Failure:
-    version, path = folder.name, folder / MODEL_FILE
-    try:
-        for part in (name, version):
-            if not NAME_PATTERN.fullmatch(part):
-                raise EngineError(f"the folder's name {part!r} must match {NAME_PATTERN.pattern}")
-        if name in _RESERVED:
-            raise EngineError(f"the name {name!r} means something else in the paths of the Open Inference Protocol: choose another")
-        engine = Engine.load(path, device, threads)
-    except EngineError as error:
-        log.error("model not served", model=name, version=version, file=str(path), reason=str(error))
-        return Failure(name, version, str(error))
-    device_facts = engine.device.to_dict()
-    log.info("model loaded", model=name, version=version, device=device_facts.pop("name"), **device_facts)
-    return Entry(name, version, engine)
 
 
 def _nothing_to_serve(directories: Sequence[Path], failures: Sequence[Failure]) -> str:

@@ -42,11 +42,16 @@ def read(asked: InferRequest) -> list[Tensor]:
 
 
 async def run(predictor: Predictor, runner: Runner, clips: list[Tensor], size: int, wait_s: float | None) -> list[Answer]:
-    """Some at a time: a long list does not fill the model's queue, where others wait too."""
+    """All by the same load of the model, some at a time: a long list does not fill its queue, where others wait too."""
+    with runner.held():
+        return await _run(predictor, runner, clips, size, wait_s)
+
+
+async def _run(predictor: Predictor, runner: Runner, clips: list[Tensor], size: int, wait_s: float | None) -> list[Answer]:
 
     async def one(number: int, clip: Tensor) -> Answer:
         try:
-            return await predictor.predict(runner.name, runner.version, Payload("array", clip, size // len(clips)), _OPTIONS, wait_s)
+            return await predictor.classify(runner, Payload("array", clip, size // len(clips)), _OPTIONS, wait_s)
         except ServiceError as error:
             raise error if len(clips) == 1 else type(error)(f"clip {number}: {error.message}", **error.facts) from None
 

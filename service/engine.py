@@ -119,6 +119,14 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
+def resident_bytes() -> int:
+    """Memory of this process, 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 @cache
 def cuda_obstacle() -> str:
     """Why CUDA cannot be used in this process, "" where nothing speaks against it yet; loads the CUDA libraries once."""

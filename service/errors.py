@@ -3,6 +3,7 @@
 StartupError                                  ends the program before it serves, with one line for a person
 ServiceError           500 / 1011  internal
 ├── Malformed          400 / 4400  malformed
+├── ModelRefused       400 / 4400  model_refused
 ├── SequenceNotFound   400 / 4400  sequence_not_found   (a sequence of the Open Inference Protocol)
 │   └── SequenceExpired            sequence_expired
 ├── Unauthenticated    401 / 4401  unauthenticated
@@ -69,6 +70,12 @@ class Malformed(ServiceError):
     """The message cannot be read at all: syntax, header, type or unknown field."""
 
     status, close_code, code = 400, 4400, "malformed"
+
+
+class ModelRefused(ServiceError):
+    """A model's file was to be loaded and cannot be served; what was served before still is."""
+
+    status, close_code, code = 400, 4400, "model_refused"
 
 
 class SequenceNotFound(ServiceError):

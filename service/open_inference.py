@@ -134,10 +134,13 @@ async def infer(request: Request) -> Response:
 
     `sequence_step` is the number of the first frame, from 0: frames that were taken already are not run again, their kept answers are sent.
     """
-    runner = _runner(request)  # an unknown model is said before a long body is read
+    if not _predictor(request).models.at_work(request.path_params["name"]):
+        _runner(request)  # raises: an unknown model is said before a long body is read
     asked, size = await _read(request)
     frames = clips.read(asked)
+    name = request.path_params["name"]
     if asked.step is None:
+        runner = _runner(request)
         version, parameters = runner.version, {}
         answers = await clips.run(_predictor(request), runner, frames, size, asked.wait_s)
     else:
@@ -146,12 +149,12 @@ async def infer(request: Request) -> Response:
         _gate(request).check_origin(request.headers)  # the id may be guessed, by any page that the user has open
         payload = Payload("array", frames[0], size)
         sequences: Sequences = request.app.state.sequences
-        session, answer = await sequences.step(runner.name, request.path_params.get("version"), asked.step, payload, len(frames[0]), asked.wait_s)
+        session, answer = await sequences.step(name, request.path_params.get("version"), asked.step, payload, len(frames[0]), asked.wait_s)
         version, answers = session.version, [answer]
         parameters = {"sequence_id": asked.step.sequence, "sequence_step": answer.first + answer.count}
     steps = asked.inputs[FRAMES].shape[1]
     outputs = [clips.best(answers, wanted.classes) if wanted.classes else clips.scores(answers, steps) for wanted in asked.outputs]
-    return await _write(request, *write_response(asked, runner.name, version, parameters, outputs))
+    return await _write(request, *write_response(asked, name, version, parameters, outputs))
 
 
 async def _read(request: Request) -> tuple[InferRequest, int]:
@@ -187,28 +190,30 @@ async def index(request: Request) -> Response:
     if not isinstance(only_ready, bool):
         raise Malformed(f"ready must be true or false, got {only_ready!r:.60}")
     predictor = _predictor(request)
-    state, reason = ("UNAVAILABLE", "the service is shutting down") if predictor.draining else ("READY", "")
-    listed = [{"name": entry.name, "version": entry.version, "state": state, "reason": reason} for entry in predictor.catalog]
-    for failure in predictor.catalog.failures:
-        version = {"version": failure.version} if failure.version else {}
-        listed.append({"name": failure.name, **version, "state": "UNAVAILABLE", "reason": failure.reason})
+    listed = predictor.models.states()
+    if predictor.draining:
+        listed = [one | {"state": "UNAVAILABLE", "reason": "the service is shutting down"} if one["state"] == "READY" else one for one in listed]
     return _json([one for one in listed if one["state"] == "READY" or not only_ready])
 
 
-@router.post("/v2/repository/models/{name}/load", summary="Load a model (management)", responses=refusals(400, 403, 501), openapi_extra=_BODY)
+@router.post("/v2/repository/models/{name}/load", summary="Load a model (management)", responses=refusals(400, 403, 404), openapi_extra=_BODY)
 async def load(request: Request, name: str) -> Response:
-    """Not offered yet: models are loaded when the service starts."""
+    """Makes what is served of the model what its folder holds; answers when that is done. A file that is refused leaves what was served before."""
     parameters = await _read_management(request)
     if any(one.startswith("file:") for one in parameters):
         raise Forbidden("model files are not taken over the network: put them into the models directory")
-    raise NotSupported(f"model {name!r:.140} cannot be loaded while the service runs: put it into the models directory and start the service again")
+    if "config" in parameters:
+        raise Malformed("a configuration is not taken: everything about a model is in its file")
+    await _predictor(request).models.load(name)
+    return Response()
 
 
-@router.post("/v2/repository/models/{name}/unload", summary="Unload a model (management)", responses=refusals(400, 403, 501), openapi_extra=_BODY)
+@router.post("/v2/repository/models/{name}/unload", summary="Unload a model (management)", responses=refusals(400, 403, 404), openapi_extra=_BODY)
 async def unload(request: Request, name: str) -> Response:
-    """Not offered yet: models are loaded when the service starts."""
+    """Takes all versions from service at once; sequences that are live finish meanwhile."""
     await _read_management(request)
-    raise NotSupported(f"model {name!r:.140} cannot be unloaded while the service runs: take it out of the models directory and start the service again")
+    await _predictor(request).models.unload(name)
+    return Response()
 
 
 # What belongs to the protocol's family and is not offered

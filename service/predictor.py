@@ -14,12 +14,13 @@ import structlog
 from model import skeletons
 from service.catalog import Catalog
 from service.detector import TimedEvent
-from service.errors import AnswersForgotten, Deadline, Draining, LayoutUnknown, Malformed, NoEvents, Overloaded, ServiceError, TakenOver
-from service.frames import FrameReader, Payload
+from service.errors import AnswersForgotten, Deadline, Draining, LayoutUnknown, Malformed, ModelNotFound, NoEvents, Overloaded, ServiceError, TakenOver
+from service.frames import Payload
 from service.metrics import Metrics
 from service.options import Options
 from service.progress import Passage, Progress
 from service.protocol import Answer
+from service.repository import Repository
 from service.resampler import Floats, Times, read_times
 from service.runner import Runner
 from service.sessions import Cause, Owner, Rows, Session, Sessions
@@ -42,16 +43,12 @@ class Predictor:
         self.sessions = Sessions(settings.sessions, settings.idle_s, self._session_ended)
         self.draining = False
         self._settings = settings
-        self._runners = {
-            (entry.name, entry.version): Runner(entry.name, entry.version, entry.engine, metrics, most_rows=settings.max_batch, most_waiting=settings.queue)
-            for entry in catalog
-        }
-        self._readers: dict[tuple[str, str, str | None], FrameReader] = {}
+        self.models = Repository(catalog, settings, metrics, self._evict)
+        self._runners: dict[Session, Runner] = {}  # a session stays with the one that it began with, also when its version is replaced
         self._sweeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Predictor:
-        for runner in self._runners.values():
-            runner.start()
+        self.models.start()
         self._sweeper = asyncio.create_task(self._sweep())
         return self
 
@@ -61,17 +58,15 @@ class Predictor:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
-        for runner in self._runners.values():
-            await runner.stop()
+        await self.models.stop()
         for session in self.sessions:
             self.sessions.end(session, "drained")
 
     # Models
 
     def runner(self, name: str, version: str | None = None) -> Runner:
-        """The model at work; raises `ModelNotFound`."""
-        entry = self.catalog.find(name, version)
-        return self._runners[entry.name, entry.version]
+        """The model at work; raises `ModelNotFound`, `ModelLoading` or `ModelNotReady`."""
+        return self.models.find(name, version)
 
     def describe(self, name: str, version: str | None = None) -> dict[str, Any]:
         """What the model is, where it runs and how busy it is."""
@@ -84,6 +79,7 @@ class Predictor:
             "device": runner.engine.device.to_dict(),
             "layouts": list(skeletons.reachable(manifest.layout)) if manifest.layout else [],
             "manifest": manifest.summary(),
+            "memory": self.models.figures(runner),
             "live": runner.live_figures(),
         }
 
@@ -91,11 +87,16 @@ class Predictor:
 
     async def predict(self, name: str, version: str | None, payload: Payload, options: Options, wait_s: float | None = None) -> Answer:
         """Runs a whole clip from the zero state; nothing of it remains. `wait_s` is the longest it may wait, where that is less than the settings say."""
+        runner = self.runner(name, version)
+        with runner.held():
+            return await self.classify(runner, payload, options, wait_s)
+
+    async def classify(self, runner: Runner, payload: Payload, options: Options, wait_s: float | None = None) -> Answer:
+        """As `predict`, for a caller that holds the runner."""
         self._check_open()
         deadline = self.deadline(wait_s)
-        runner = self.runner(name, version)
         options = _settled(options, runner)
-        reader = self._reader(runner, options.layout)
+        reader = runner.reader(options.layout)
         frames = payload.read(reader) if payload.size <= _LARGE else await asyncio.to_thread(payload.read, reader)
         progress = Progress(runner.manifest, options.fps or runner.manifest.fps)
         if progress.plain and payload.t is None:
@@ -127,8 +128,9 @@ class Predictor:
             raise
         session = _begun(runner, options, session_id)
         self.sessions.add(session)
-        self.metrics.sessions_opened.labels(runner.name).inc()
-        self.metrics.sessions_live.labels(runner.name).inc()
+        self._runners[session] = runner
+        self.metrics.sessions_opened.labels(runner.name, runner.version).inc()
+        self.metrics.sessions_live.labels(runner.name, runner.version).inc()
         return session
 
     async def advance(self, session: Session, first: int, count: int | None, payload: Payload, options: Options, owner: Owner | None = None) -> Answer:
@@ -153,11 +155,11 @@ class Predictor:
 
     async def take(self, session: Session, first: int, count: int | None, payload: Payload, options: Options, deadline: float) -> Answer:
         """As `advance`, for a caller that has the session's turn."""
-        runner = self._runners[session.model, session.version]
+        runner = self._runners[session]
         if count is not None and first + count <= session.next_frame:
             session.known(first, count)
             return self._stored(session, runner, first, first + count, options)
-        reader = self._reader(runner, session.options.layout)
+        reader = runner.reader(session.options.layout)
         frames = payload.read(reader, first) if payload.size <= _LARGE else await asyncio.to_thread(payload.read, reader, first)
         end = first + len(frames)
         known = session.known(first, len(frames))
@@ -184,16 +186,20 @@ class Predictor:
         """Begins a session anew at frame 0, opened with `opening`, if these frames run; else it stays as it was. The caller has its turn."""
         runner = self.runner(session.model, version)
         fresh = _begun(runner, self._checked(opening, runner), session.id)
+        self._runners[fresh] = runner
         try:
             return await self.take(fresh, first, count, payload, options, deadline)
         finally:
             done = fresh.next_frame > 0 and session.ended is None  # even if the caller has left: what has run has taken effect
             spare = session if done else fresh
-            self._runners[spare.model, spare.version].rows.give(spare.row)
+            self._runners[spare].rows.give(spare.row)
+            del self._runners[fresh]
             if done:
+                self._count_end(session, "restarted")
                 session.become(fresh)
-                self.metrics.sessions_ended.labels(session.model, "restarted").inc()
-                self.metrics.sessions_opened.labels(session.model).inc()
+                self._runners[session] = runner
+                self.metrics.sessions_opened.labels(session.model, session.version).inc()
+                self.metrics.sessions_live.labels(session.model, session.version).inc()
                 if session.owner is not None:
                     session.owner.stop(TakenOver("this stream was begun anew elsewhere", next_frame=session.next_frame))
 
@@ -214,7 +220,7 @@ class Predictor:
         """Begins anew at frame `at`, which must be the next one; returns the end of the event that was open. Repeating it gives the same again."""
         async with self.turn(session, self.deadline(), owner):
             if session.reset(at):
-                runner = self._runners[session.model, session.version]
+                runner = self._runners[session]
                 runner.rows.clear(session.row)
                 self._count(runner, session.progress.reset(at))
             detector = session.progress.detector
@@ -232,7 +238,7 @@ class Predictor:
         """Answers that a resuming client has not acknowledged, as one; None if there are none."""
         if session.answers.start == session.next_frame:
             return None
-        answer = self._stored(session, self._runners[session.model, session.version], session.answers.start, session.next_frame, options)
+        answer = self._stored(session, self._runners[session], session.answers.start, session.next_frame, options)
         if session.progress.detector is not None:
             answer.events = session.progress.detector.decided(answer.first, session.next_frame, resets=True)
         return answer
@@ -261,7 +267,7 @@ class Predictor:
 
     def opened(self, session: Session) -> dict[str, Any]:
         """What a client learns when its session opens or is resumed."""
-        runner = self._runners[session.model, session.version]
+        runner = self._runners[session]
         manifest = runner.manifest
         value: dict[str, Any] = {
             "session": session.id,
@@ -271,7 +277,7 @@ class Predictor:
             "fingerprint": manifest.fingerprint,
             "task": manifest.task,
             "classes": list(manifest.classes),
-            "frame_shape": list(self._reader(runner, session.options.layout).shape),
+            "frame_shape": list(runner.reader(session.options.layout).shape),
             "window": session.answers.limit,
             "limits": {
                 "message_bytes": self._settings.message_bytes,
@@ -292,7 +298,7 @@ class Predictor:
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):
-                await asyncio.gather(*(runner.idle() for runner in self._runners.values()))
+                await asyncio.gather(*(runner.idle() for runner in self.models))
 
     # Inside
 
@@ -315,31 +321,36 @@ class Predictor:
 
     def _count(self, runner: Runner, events: list[TimedEvent]) -> None:
         if events:
-            self.metrics.events.labels(runner.name).inc(len(events))
+            self.metrics.events.labels(runner.name, runner.version).inc(len(events))
 
     def _checked(self, options: Options, runner: Runner) -> Options:
         """The options as settled for a stream; an unknown layout is refused before anything is taken."""
         options = _settled(options, runner)
-        self._reader(runner, options.layout)
+        runner.reader(options.layout)
         return options
-
-    def _reader(self, runner: Runner, layout: str | None) -> FrameReader:
-        key = (runner.name, runner.version, layout)
-        reader = self._readers.get(key)
-        if reader is None:
-            reader = self._readers[key] = FrameReader(runner.manifest, layout)
-        return reader
 
     def _check_open(self) -> None:
         if self.draining:
             raise Draining("the service is shutting down", retry_after=5)
 
     def _session_ended(self, session: Session, cause: Cause) -> None:
-        runner = self._runners[session.model, session.version]
-        runner.rows.give(session.row)
-        self.metrics.sessions_live.labels(session.model).dec()
-        self.metrics.sessions_ended.labels(session.model, cause).inc()
+        self._runners.pop(session).rows.give(session.row)
+        self._count_end(session, cause)
         log.debug("session ended", session=session.digest, model=session.model, cause=cause, frames=session.next_frame)
+
+    def _count_end(self, session: Session, cause: Cause) -> None:
+        self.metrics.sessions_live.labels(session.model, session.version).dec()
+        self.metrics.sessions_ended.labels(session.model, session.version, cause).inc()
+
+    async def _evict(self, runner: Runner) -> None:
+        """Ends the sessions of a version whose time is over, each after its message under way."""
+        error = ModelNotFound(f"version {runner.version} of model {runner.name} was unloaded", versions=[])
+        for session in [session for session, its in self._runners.items() if its is runner]:
+            if session.owner is not None:
+                session.owner.stop(error)
+            async with session.turn:
+                if self._runners.get(session) is runner:
+                    self.sessions.end(session, "drained")
 
     async def _sweep(self) -> None:
         pause = min(1.0, self._settings.idle_s / 4)

@@ -22,6 +22,12 @@ from service.settings import Settings
 
 router = APIRouter()
 _DEFAULTS = Options()
+_VERSION_BODY = {
+    "requestBody": {
+        "required": False,
+        "content": {"application/json": {"schema": {"type": "object", "properties": {"version": {"type": "string"}}, "additionalProperties": False}}},
+    }
+}
 _FIRST = {
     "first": {"type": "integer", "description": "number of the first frame"},
     "ack": {"type": "integer", "description": "every frame below was answered and received"},
@@ -63,6 +69,37 @@ async def models(request: Request) -> Response:
 async def model(request: Request, name: str, version: str | None = None) -> Response:
     """Its manifest (frame shape, classes, data, measured accuracy), device, versions, and how busy it is."""
     return _json(_predictor(request).describe(name, version))
+
+
+@router.post(
+    "/v1/models/{name}/load",
+    summary="Load or reload (management)",
+    tags=["management"],
+    response_model=None,
+    responses=refusals(400, 403, 404),
+    openapi_extra=_VERSION_BODY,
+)
+async def load(request: Request, name: str) -> Response:
+    """Makes what is served of the model, or of one `version` of it, what its folder holds; answers when that is done.
+
+    New sessions go to what was loaded, those that are live stay on what they began with. A file that is refused leaves what was served before.
+    """
+    version = await _managed_version(request)
+    return _json({"name": name, "loaded": await _predictor(request).models.load(name, version)})
+
+
+@router.post(
+    "/v1/models/{name}/unload",
+    summary="Unload (management)",
+    tags=["management"],
+    response_model=None,
+    responses=refusals(400, 403, 404),
+    openapi_extra=_VERSION_BODY,
+)
+async def unload(request: Request, name: str) -> Response:
+    """Takes the model, or one `version` of it, from service at once; its sessions finish meanwhile. Its files stay."""
+    version = await _managed_version(request)
+    return _json({"name": name, "unloaded": await _predictor(request).models.unload(name, version)})
 
 
 @router.post(
@@ -200,14 +237,22 @@ def _models(predictor: Predictor) -> dict[str, Any]:
             "fps": value["manifest"]["fps"],
             "classes": len(value["manifest"]["classes"]),
             "device": value["device"],
+            "memory": value["memory"],
         }
         for value in described
     ]
-    return {"models": served, "failed": [failure.to_dict() for failure in predictor.catalog.failures]}
+    return {"models": served, "states": predictor.models.states(), "failed": [failure.to_dict() for failure in predictor.catalog.failures]}
 
 
 def _options(query: BaseModel, base: Options) -> Options:
     return read_options(query.model_dump(include=set(NAMES), exclude_none=True), base)
+
+
+async def _managed_version(request: Request) -> str | None:
+    """What a call asks for that needs the management token."""
+    _gate(request).check_management(request.headers)
+    body = await read_body(request, 64 * 1024)
+    return _version(read_json(body, (), ("version",)).get("version")) if body.strip() else None
 
 
 def _version(value: Any) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter_ns
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from service.batcher import Batcher
-from service.engine import Engine, Floats, Lengths
+from service.engine import Floats, Lengths
 from service.errors import Diverged
+from service.frames import FrameReader
 from service.metrics import Metrics
+from service.model_files import Entry
 from service.sessions import Rows
 from service.statistics import Statistics
 
@@ -45,24 +48,53 @@ class Stretch:
 class Runner:
     """Runs stretches of frames of many streams together. `name` and `version` are the served ones."""
 
-    def __init__(self, name: str, version: str, engine: Engine, metrics: Metrics, *, most_rows: int, most_waiting: int) -> None:
-        self.name = name
-        self.version = version
-        self.engine = engine
+    def __init__(self, entry: Entry, metrics: Metrics, *, most_rows: int, most_waiting: int) -> None:
+        self.entry = entry
+        self.name = name = entry.name
+        self.version = version = entry.version
+        self.engine = engine = entry.engine
         self.manifest = engine.manifest
         self.most_rows = most_rows
         self.rows = Rows(engine.manifest.state_width)
         self.statistics = Statistics()
         self._batcher = Batcher(name, self._step, self, most_rows=most_rows, most_waiting=most_waiting)
-        self._waited = metrics.queue_seconds.labels(name)
-        self._ran = metrics.run_seconds.labels(name)
-        self._batch_rows = metrics.batch_rows.labels(name)
-        self._frames = metrics.frames.labels(name)
-        metrics.waiting.labels(name, version).set_function(lambda: self._batcher.waiting)
-        metrics.device.labels(name, version, engine.device.name, engine.device.provider).set(1)
+        self._readers: dict[str | None, FrameReader] = {}
+        self._holders = 0
+        self._metrics = metrics
+        self._waited = metrics.queue_seconds.labels(name, version)
+        self._ran = metrics.run_seconds.labels(name, version)
+        self._batch_rows = metrics.batch_rows.labels(name, version)
+        self._frames = metrics.frames.labels(name, version)
         self.frames_run = self.batches_run = self.rows_run = 0
 
+    @property
+    def needed(self) -> bool:
+        """Whether a session or a clip depends on it, or anything waits."""
+        return bool(self.rows.taken or self._holders or self._batcher.waiting)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps it at work for a clip, which has no session."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+
+    def reader(self, layout: str | None) -> FrameReader:
+        """Reads frames of clients with this layout; raises `LayoutUnknown`."""
+        reader = self._readers.get(layout)
+        if reader is None:
+            reader = self._readers[layout] = FrameReader(self.manifest, layout)
+        return reader
+
     def start(self) -> None:
+        """From here on it stands in the figures under its name and version, also in the place of one that came before it."""
+        name, version, engine = self.name, self.version, self.engine
+        self._metrics.waiting.labels(name, version).set_function(lambda: self._batcher.waiting)
+        self._metrics.device.labels(name, version, engine.device.name, engine.device.provider).set(1)
+        self._metrics.model_bytes.labels(name, version).set(self.entry.memory_bytes)
+        self._metrics.load_seconds.labels(name, version).set(self.entry.seconds)
         self._batcher.start()
 
     async def stop(self) -> None:

@@ -192,7 +192,7 @@ def json_body(properties: dict[str, Any], example: Any) -> dict[str, Any]:
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's description of the errors a route answers with."""
     titles = {
-        400: "malformed, sequence_not_found, sequence_expired",
+        400: "malformed, model_refused, sequence_not_found, sequence_expired",
         401: "unauthenticated",
         403: "forbidden",
         404: "model_not_found, session_not_found, session_expired",
@@ -203,6 +203,6 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         422: "wrong_shape, not_finite, empty, diverged, layout_unknown, wrong_time, no_events",
         429: "too_many",
         501: "not_supported",
-        503: "overloaded, draining, model_not_ready; with Retry-After",
+        503: "overloaded, draining, model_loading, model_not_ready; with Retry-After",
     }
     return {status: {"model": ErrorBody, "description": titles[status]} for status in (*statuses, 401)}

@@ -27,6 +27,8 @@ class Settings(BaseSettings):
     models: Path | None = Field(
         None, description="directory of models, <name>/<version>/model.onnx; default ./models where present. Shipped models come after it"
     )
+    watch_s: Seconds = Field(1.0, ge=0, description="seconds between two looks at the models' folders; 0: they are read at the start and when asked only")
+    unload_s: Seconds = Field(3600.0, ge=0, description="seconds that the sessions of a version get to finish when it is unloaded or replaced")
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto", description="auto proves CUDA with a run and else takes the CPU, and says so; cuda that cannot run is an error"
     )

@@ -254,7 +254,7 @@ def test_the_manifest_tells_the_rules_and_metrics_count(http: httpx.Client) -> N
     assert rules == {"nothing": "rest", "enter": 0.5, "leave": 0.4, "least": 3, "gap": 2}
 
     def counted() -> float:
-        (line,) = [line for line in http.get("/metrics").text.splitlines() if line.startswith('indrnn_events_total{model="gestures"}')]
+        (line,) = [line for line in http.get("/metrics").text.splitlines() if line.startswith('indrnn_events_total{model="gestures",version="1"}')]
         return float(line.split()[-1])
 
     before, told = counted(), 0

@@ -93,6 +93,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_models.write_toy(directory, "skeleton", SKELETON)
     toy_models.write_toy(directory, "gappy", GAPPY)
     toy_models.write_toy(directory, "explosive", EXPLOSIVE)
+    toy_models.write_toy(directory, "moving", CHANNELS)
     toy_models.write_without_manifest(directory, "bare")
     return directory
 
@@ -386,11 +387,20 @@ def test_statistics(triton: Any) -> None:
     assert [one["version"] for one in triton.get_inference_statistics("channels")["model_stats"]] == ["1", "2"]
 
 
-def test_loading_needs_the_management_token_and_says_what_is_not_there_yet(triton: Any) -> None:
+def test_models_are_loaded_and_unloaded(triton: Any) -> None:
     manager = {"Authorization": f"Bearer {MANAGER}"}
     for call in (triton.load_model, triton.unload_model):
         refused(403, "management token", call, "channels")
-        refused(501, "while the service runs", call, "channels", headers=manager)
+        refused(404, "no", call, "nobody", headers=manager)
+    refused(400, "configuration", triton.load_model, "channels", headers=manager, config=json.dumps({}))
+    triton.infer("moving", [tensor(CLIP[None, :2])], sequence_id=5, sequence_start=True)
+    triton.unload_model("moving", headers=manager)
+    assert triton.is_model_ready("moving") is False
+    assert {one["state"] for one in triton.get_model_repository_index() if one["name"] == "moving"} == {"UNLOADING"}
+    refused(503, "being unloaded", triton.infer, "moving", [tensor(CLIP[None, :2])], sequence_id=6, sequence_start=True)
+    triton.infer("moving", [tensor(CLIP[None, 2:])], sequence_id=5, sequence_end=True)  # what was under way goes on to its end
+    triton.load_model("moving", headers=manager)
+    assert triton.is_model_ready("moving") is True
     files = {"file:1/model.onnx": b"onnx"}
     refused(403, "not taken over the network", triton.load_model, "channels", headers=manager, config=json.dumps({}), files=files)
     assert triton.is_model_ready("channels") is True

@@ -56,7 +56,7 @@ def serve(catalog: Catalog, scenario: Callable[[Predictor], Awaitable[Any]], **c
         async with Predictor(catalog, Settings(**changes), Metrics()) as predictor:
             result = await scenario(predictor)
         assert len(predictor.sessions) == 0
-        assert all(runner.rows.taken == 0 for runner in predictor._runners.values())
+        assert all(runner.rows.taken == 0 for runner in predictor.models)
         return result
 
     return asyncio.run(run())
@@ -230,7 +230,7 @@ def test_a_reset_ends_what_is_open_and_starts_the_clock_anew(catalog: Catalog) -
         predictor.acknowledge(session, first + 1)
         assert list(predictor.kept(session, options).events) == list(answer.events)  # type: ignore[union-attr]
         counted = len(answer.events) + len(expected.events) + 2
-        assert f'indrnn_events_total{{model="gestures"}} {counted}.0' in predictor.metrics.text().decode()
+        assert f'indrnn_events_total{{model="gestures",version="1"}} {counted}.0' in predictor.metrics.text().decode()
 
     serve(catalog, scenario)
 
@@ -419,7 +419,7 @@ def test_idle_sessions_expire_and_their_owner_is_told(catalog: Catalog) -> None:
         assert isinstance(owner.stopped, SessionExpired)
         with pytest.raises(SessionExpired):
             await predictor.advance(session, 0, 1, raw(CLIP[:1]), ALL)
-        assert 'indrnn_sessions_ended_total{cause="expired",model="channels"} 1.0' in predictor.metrics.text().decode()
+        assert 'indrnn_sessions_ended_total{cause="expired",model="channels",version="10"} 1.0' in predictor.metrics.text().decode()
 
     serve(catalog, scenario, idle_s=0.05)
 

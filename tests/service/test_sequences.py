@@ -89,7 +89,7 @@ def serve(catalog: Catalog, scenario: Callable[[Steps], Awaitable[Any]], restart
             steps = Steps(predictor, restarts)
             await scenario(steps)
         assert len(predictor.sessions) == 0
-        assert all(runner.rows.taken == 0 for runner in predictor._runners.values())
+        assert all(runner.rows.taken == 0 for runner in predictor.models)
         opened = sum(sample.value for sample in predictor.metrics.sessions_opened.collect()[0].samples if sample.name.endswith("_total"))
         assert opened == sum(steps.ended().values())  # each that was opened has ended, and under one cause
 
@@ -181,7 +181,7 @@ def test_started_while_live_begins_anew_and_is_counted(catalog: Catalog) -> None
         assert (await step(1, CLIP[30:40])).tobytes() == expected[30:40].tobytes()
         assert (await step(1, CLIP[:5], start=True, end=True)).tobytes() == expected[:5].tobytes()
         assert step.ended() == {"restarted": 2, "closed": 1}
-        assert step.predictor.metrics.sessions_live.labels("channels")._value.get() == 0
+        assert step.predictor.metrics.sessions_live.labels("channels", "10")._value.get() == 0
 
     serve(catalog, scenario, sessions=1)  # there is no room for a second
 
