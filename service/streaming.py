@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from service.errors import Deadline, Draining, ServiceError, TooMany
 from service.gate import SUBPROTOCOL, Gate
@@ -175,6 +175,8 @@ class Stream:
     # ---- what its tracks tell
 
     async def send(self, message: str | bytes) -> None:
+        if self._websocket.application_state is WebSocketState.DISCONNECTED:  # another track found the client gone; to send more is an error to Starlette
+            raise WebSocketDisconnect(1006)
         await self._websocket.send({"type": "websocket.send", "text" if isinstance(message, str) else "bytes": message})
 
     def released(self) -> None:

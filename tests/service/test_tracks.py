@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.websockets import WebSocket
+from structlog.testing import capture_logs
 
 from service import protocol, tracks
 from service.catalog import Catalog
@@ -40,8 +41,15 @@ class Wire:
         self.to_server: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.to_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         scope = {"type": "websocket", "path": "/", "headers": [], "query_string": query.encode(), "subprotocols": []}
-        self.server = WebSocket(scope, self.to_server.get, self.to_client.put)  # type: ignore[arg-type]
+        self.gone = False
+        self.served: asyncio.Task[None]
+        self.server = WebSocket(scope, self.to_server.get, self._deliver)  # type: ignore[arg-type]
         self.to_server.put_nowait({"type": "websocket.connect"})
+
+    async def _deliver(self, message: Any) -> None:
+        if self.gone:
+            raise OSError("the network is gone")
+        await self.to_client.put(message)
 
     def say(self, message: bytes | None = None, /, **fields: Any) -> None:
         given = {"text": json.dumps(fields)} if message is None else {"bytes": message}
@@ -86,13 +94,13 @@ class House:
     @asynccontextmanager
     async def wire(self, query: str = "") -> AsyncIterator[Wire]:
         wire = Wire(query)
-        serving = asyncio.create_task(self.sockets.serve(wire.server, "channels"))
+        wire.served = asyncio.create_task(self.sockets.serve(wire.server, "channels"))
         try:
             yield wire
         finally:
             wire.leave()
             async with asyncio.timeout(WITHIN_S):
-                await serving
+                await wire.served
 
 
 @pytest.fixture(scope="module")
@@ -446,6 +454,22 @@ def test_a_client_that_is_gone_leaves_its_sessions(catalog: Catalog) -> None:
         assert all(house.predictor.sessions.find(session).owner is None for session in sessions)
 
     serve(catalog, scenario)
+
+
+def test_tracks_that_find_their_client_gone_at_once_are_no_failures(catalog: Catalog) -> None:
+    async def scenario(house: House) -> None:
+        async with house.wire() as wire:
+            sessions = await opened(wire, 1, 2, 3)
+            wire.gone = True
+            for track in (1, 2, 3):  # each has an answer for nobody
+                wire.frames(track, 0)
+            async with asyncio.timeout(WITHIN_S):
+                await wire.served
+        assert [house.predictor.sessions.find(session).next_frame for session in sessions] == [1, 1, 1]
+
+    with capture_logs() as lines:
+        serve(catalog, scenario)
+    assert not [line for line in lines if line["log_level"] == "error"]
 
 
 # ---- nobody waits for another's client
