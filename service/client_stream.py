@@ -21,9 +21,9 @@ from service.client_errors import StreamClosed, Unreachable, error_from
 from service.client_ledger import Ledger, as_frames
 from service.client_socket import Opener, Wire, refusal
 from service.client_values import Answer, Event, OnEvent, Piece, Retry, Source, Timed, as_times, pieces
+from service.detector import KEPT_EVENTS
 from service.errors import ServiceError
 
-_EVENTS = 256  # more than the frames of a window can decide
 _TEXT, _TEXT_NUMBER, _TEXT_TIME = 128, 20, 32  # bytes of a message as JSON, at most: for itself, for a number with its brackets, for a time
 _GOODBYE_S = 5.0  # how long a server may take to confirm `close`
 # Refusals that end by themselves; nothing was changed by what was refused. A gap is one of them: a message under way when the connection was
@@ -58,7 +58,7 @@ class AsyncStream:
         self._ledger = Ledger()
         self._turn = asyncio.Lock()  # one `send` at a time
         self._inbox: deque[Answer] = deque()
-        self._events: deque[Event] = deque(maxlen=_EVENTS)  # that were told; those of answers it kept a server that comes back says again
+        self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)  # that were told; a server that comes back says again what it kept
         self._undelivered: deque[Event] = deque()  # whose answer has not come yet
         self._most = self._most_timed = 1  # frames in a message, and in one that carries their times
         self._attempt = 0  # to come back, since the last answer

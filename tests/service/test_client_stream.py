@@ -15,7 +15,7 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from service import errors, protocol
+from service import detector, errors, protocol
 from service.client import AsyncClient, Client, ClientError, Event, Retry, StreamClosed, Unreachable
 from tests.service.conftest import Server
 from tests.service.test_client import QUICK, Proxy, run, whole
@@ -300,6 +300,35 @@ def test_events_are_told_once_and_in_order_also_when_the_connection_is_lost() ->
 
     against([first, second], case)
     assert told == [START, END]
+
+
+def test_as_many_events_as_a_server_keeps_are_told_once() -> None:
+    """At a low frame rate a frame is many steps of the model, each of which may decide something."""
+    events = [Event("start" if number % 2 == 0 else "end", "a", 0.5, 0, 0, number / 1e4) for number in range(detector.KEPT_EVENTS)]
+
+    async def first(peer: Peer) -> None:
+        await peer.open(0)
+        assert await peer.heard() == ("frames", 0, 1)
+        for event in events:
+            await say_event(peer, event)
+        peer.cut()
+
+    async def second(peer: Peer) -> None:
+        await peer.open(1)
+        for event in events:
+            await say_event(peer, event)
+        await peer.answer(0, 1)
+        await say_closed(peer)
+
+    told: list[Event] = []
+
+    async def case(client: AsyncClient) -> None:
+        async with client.stream("m", on_event=told.append) as stream:
+            await stream.send(ONE)
+            assert (await anext(stream)).events == tuple(events)
+
+    against([first, second], case)
+    assert told == events
 
 
 def test_what_a_listener_raises_comes_out_of_the_stream() -> None:
