@@ -39,7 +39,7 @@ from training.samples import repetitions, write_samples
 from training.scores import ScoresError, average
 from training.splits import Splits, describe, read, split
 from training.splits import load as load_splits
-from training.stream_command import stream_metrics, stream_rules, streams
+from training.stream_command import accuracy_along, stream_metrics, stream_rules, streams
 from training.streams import Streams
 from training.verify import VerificationError, verify_file
 
@@ -162,19 +162,21 @@ def export(
         chosen_on = "validation" if splits.validation is not None else "training"
         _say(f"  rules for events, on {chosen_on} streams")
         rules = stream_rules(found.network(), Streams(splits.whole(chosen_on), found.config.streams), "smooth")
+    along = None
     if found.config.streams is None:
         result = run_clips(found.network(), clips)
         values = {"accuracy": result.accuracy, "frame_accuracy": result.frame_accuracy}
     else:
         assert rules is not None
-        values = stream_metrics(found.network(), Streams(splits.whole(part), found.config.streams), rules)
+        made = Streams(splits.whole(part), found.config.streams)
+        values, along = stream_metrics(found.network(), made, rules), accuracy_along(found.network(), made, rules)
     metrics = metrics_of(protocol, **values)
     with _bar("streaming") as advance:
-        manifest = publish(found, clips, metrics, target, say=lambda text: _say(f"  {text}"), watch=advance, events=rules)
+        manifest = publish(found, clips, metrics, target, say=lambda text: _say(f"  {text}"), watch=advance, events=rules, along=along)
     stream = manifest.stream
     assert stream is not None
     console.print(f"[bold]{escape(str(target / 'model.onnx'))}[/bold]  accuracy {100 * values['accuracy']:.1f} % ({escape(protocol)})", soft_wrap=True)
-    console.print(f"  parity {manifest.parity.scores_abs:.1e}; on streams: {100 * stream.accuracy_first:.1f} % at the first clip, ", end="")
+    console.print(f"  parity {manifest.parity.scores_abs:.1e}; on streams: {100 * stream.accuracy_first:.1f} % at the first action, ", end="")
     console.print(f"{100 * stream.accuracy_last:.1f} % at the last five of twenty" + (" [yellow](declines)[/yellow]" if stream.declines else ""))
     _say(f"next: {_python()} -m service --models {target.parent.parent}")
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
+from model import events
 from model.contract import Manifest
 from training.datasets import clip_folder
 from training.datasets.clips import ClipSet
@@ -40,6 +42,22 @@ def test_a_shipped_file_recognises_recordings_it_has_not_seen(file: Path) -> Non
     said = [manifest.classes[int(runner.whole(frames)[0][-1].argmax())] for frames in clips.frames]
     right = [clips.classes[label] == name for label, name in zip(clips.labels, said, strict=True)]
     assert sum(right) >= len(right) - 1
+
+
+def test_repetitions_are_told_by_their_starts_and_ends() -> None:
+    """In each recording somebody does one exercise twice and is in the middle of the third time when it stops."""
+    file = SERVICE / "models" / "rehab-exercises" / "1" / "model.onnx"
+    model = onnx.load(file)
+    manifest, runner = read_manifest(model), Runner(model)
+    assert manifest.events is not None
+    assert manifest.stream is not None
+    assert not manifest.stream.declines
+    clips = recordings(file, manifest)
+    for frames, label in zip(clips.frames, clips.labels, strict=True):
+        scores, _ = runner.whole(frames)
+        state, found = events.advance(manifest.events, manifest.classes, events.EventState(), scores, np.arange(len(scores)))
+        assert [(one.event, one.label) for one in found] == [(kind, clips.classes[label]) for kind in ("start", "end", "start", "end", "start")]
+        assert state.label == clips.classes[label]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parts[-3])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.training.synthetic import cued_clips, write_config, write_folder
@@ -63,6 +65,24 @@ def test_a_network_for_streams_beside_one_for_clips(runs: dict[str, Path], monke
     smooth = {row["name"]: row["figures"]["actions"] for row in kept["forms"]["smooth"]}
     assert smooth[STREAMS] > 0.6, smooth  # a third is chance
     assert smooth[CLIPS_ORACLE] >= smooth[CLIPS_RUNNING]
+
+
+def test_clips_that_were_trained_on_can_be_left_out(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = cued_clips(120)
+    known = np.flatnonzero((clips.groups["split"] == "test") & (clips.labels == 0))
+    trained = np.flatnonzero((clips.groups["split"] != "test") & (clips.labels == 0))[: len(known)]
+    frames = list(clips.frames)
+    for copy, original in zip(known, trained, strict=True):
+        frames[copy] = frames[original]
+    data = write_folder(tmp_path / "copied", replace(clips, frames=tuple(frames)))
+    monkeypatch.setattr(sys, "argv", ["training", "streams", str(runs["streamed"]), "--data", str(data), "--new", "--form", "smooth", *SMALL])
+    assert _run() == 0, capsys.readouterr().err
+    assert "new clips of test" in capsys.readouterr().out
+    kept = json.loads((runs["streamed"] / "streams-test-new.json").read_text())
+    assert kept["forms"]["smooth"][0]["figures"]["actions"] > 0.5
+    assert not (runs["streamed"] / "streams-validation-new.json").exists()
 
 
 @pytest.mark.parametrize(
