@@ -5,25 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from model.contract import MODEL_FILE
 from service.engine import DeviceChoice
 from service.errors import ModelNotFound, StartupError
 from service.model_files import Entry, Failure, Key, Look, ModelFiles
+from service.roles import Roles
 
 SHIPPED = Path(__file__).parent / "models"
 
 
 class Catalog:
-    """Loaded models by name and version; of each name the highest version, in natural order, is the default."""
+    """Loaded models by name and version. Of each name the default is the stable version, else the highest, in natural order, that is no candidate."""
 
     def __init__(self, files: ModelFiles, look: Look, entries: Iterable[Entry], failures: Iterable[Failure]) -> None:
         self.files = files
         self.look = look  # what the folders held when it was made
         self._models: dict[str, dict[str, Entry]] = {}
         self._refused: dict[Key, Failure] = {failure.key: failure for failure in failures}
+        self._roles: dict[str, Roles] = {}
         for entry in sorted(entries, key=lambda entry: entry.name):
             self._put(entry)
+        for name, roles in look.roles.items():
+            if isinstance(roles, Roles):
+                self.assign(name, roles)
 
     @classmethod
     def load(cls, directories: Sequence[Path], device: DeviceChoice, threads: int | None) -> Catalog:
@@ -35,7 +41,7 @@ class Catalog:
         look = files.look()
         loaded = [files.read(key, place) for key, place in sorted(look.places.items(), key=lambda item: (item[0][0], natural(item[0][1])))]
         entries = [one for one in loaded if isinstance(one, Entry)]
-        failures = [*look.failures, *(one for one in loaded if isinstance(one, Failure))]
+        failures = [*look.wrong(), *(one for one in loaded if isinstance(one, Failure))]
         if not entries:
             raise StartupError(_nothing_to_serve(directories, failures))
         return cls(files, look, entries, failures)
@@ -46,6 +52,9 @@ class Catalog:
     @property
     def failures(self) -> tuple[Failure, ...]:
         return tuple(sorted(self._refused.values(), key=lambda failure: (failure.name, natural(failure.version))))
+
+    def serves(self, name: str) -> bool:
+        return name in self._models
 
     def names(self) -> list[str]:
         return list(self._models)
@@ -59,15 +68,47 @@ class Catalog:
 
     def find(self, name: str, version: str | None = None) -> Entry:
         """Raises `ModelNotFound` saying what there is instead."""
-        versions = self._models.get(name)
+        versions = self._models.get(name, {})
+        found = versions.get(self._meant(name, version)) if versions else None
+        if found is not None:
+            return found
         broken = [failure for failure in self.failures if failure.name == name and version in (None, failure.version)]
-        if versions is None:
-            raise ModelNotFound(f"no model {name!r:.140}" + (f": {broken[0].reason}" if broken else ""), models=self.names())
-        if version is None:
-            return next(reversed(versions.values()))
-        if version not in versions:
-            raise ModelNotFound(f"model {name} has no version {version!r:.140}" + (f": {broken[0].reason}" if broken else ""), versions=list(versions))
-        return versions[version]
+        reason = f": {broken[0].reason}" if broken else ""
+        if not versions:
+            raise ModelNotFound(f"no model {name!r:.140}{reason}", models=self.names())
+        raise ModelNotFound(f"model {name} has no version {self._meant(name, version)!r:.140}{reason}", versions=list(versions))
+
+    def candidate(self, name: str) -> tuple[str, float] | None:
+        """The version that is tried out and its share of new sessions; None where there is none, or one that takes other frames than the default."""
+        roles, versions = self._roles.get(name, Roles()), self._models.get(name, {})
+        if roles.candidate not in versions:
+            return None
+        tried, default = (versions[one].engine.manifest for one in (roles.candidate, self._meant(name, None)))
+        alike = (tried.frame_shape, tried.layout, tried.task) == (default.frame_shape, default.layout, default.task)
+        return (roles.candidate, roles.share) if alike else None
+
+    def roles(self, name: str) -> dict[str, Any]:
+        """What the aliases stand for now."""
+        tried = self.candidate(name)
+        return {
+            "latest": self._meant(name, "latest"),
+            "stable": self._meant(name, "stable"),
+            "candidate": self._roles.get(name, Roles()).candidate,
+            "share": tried[1] if tried else 0.0,
+        }
+
+    def _meant(self, name: str, version: str | None) -> str:
+        """The version's own name; `name` must be served."""
+        roles, versions = self._roles.get(name, Roles()), list(self._models[name])
+        if version == "latest":
+            return versions[-1]
+        if version == "candidate" and roles.candidate is not None:
+            return roles.candidate
+        if version not in (None, "stable"):
+            return version
+        if roles.stable in versions:
+            return roles.stable
+        return ([one for one in versions if one != roles.candidate] or versions)[-1]
 
     # What changes while the service runs, on its event loop alone.
 
@@ -91,6 +132,10 @@ class Catalog:
     def forget(self, key: Key) -> None:
         """Its file is gone, and with it whatever was wrong with it."""
         self._refused.pop(key, None)
+
+    def assign(self, name: str, roles: Roles) -> None:
+        """From now on its versions are there for this."""
+        self._roles[name] = roles
 
     def refuse_folders(self, failures: Iterable[Failure]) -> None:
         """What is wrong with whole models' folders now, in the place of what was."""

@@ -12,10 +12,10 @@ import structlog
 from model.contract import MODEL_FILE, NAME_PATTERN
 from service.engine import DeviceChoice, Engine, EngineError, resident_bytes
 from service.errors import StartupError
+from service.roles import ALIASES, Roles, RolesError
 
 Key = tuple[str, str]  # name, version
 
-ALIASES = ("latest", "stable", "candidate")
 _RESERVED = ("stats",)
 
 log = structlog.get_logger("models")
@@ -67,10 +67,15 @@ class Look:
 
     places: dict[Key, Place] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()  # folders that cannot be read or hold nothing
+    roles: dict[str, Roles | Failure] = field(default_factory=dict)  # of each model
     absent: tuple[Path, ...] = ()  # directories that are not there
 
     def of(self, name: str) -> dict[Key, Place]:
         return {key: place for key, place in self.places.items() if key[0] == name}
+
+    def wrong(self) -> list[Failure]:
+        """What is wrong with whole folders, whatever their versions are like."""
+        return [*self.failures, *(roles for roles in self.roles.values() if isinstance(roles, Failure))]
 
     def hides(self, key: Key, place: Place) -> bool:
         """Whether a file may be there although it was not seen: its folder could not be read."""
@@ -89,6 +94,7 @@ class ModelFiles:
         """Raises `StartupError` when a directory cannot be read."""
         places: dict[Key, Place] = {}
         failures: list[Failure] = []
+        roles: dict[str, Roles | Failure] = {}
         for name, folder in _model_folders(self.directories):
             try:
                 versions = sorted(_folders(folder))
@@ -97,8 +103,9 @@ class ModelFiles:
                 continue
             if not versions:
                 failures.append(Failure(name, "", f"{folder} holds no <version>/{MODEL_FILE}"))
+            roles[name] = _roles(name, folder)
             places |= {(name, version.name): Place(version, _stamp(version / MODEL_FILE)) for version in versions}
-        return Look(places, tuple(failures), tuple(directory for directory in self.directories if not directory.is_dir()))
+        return Look(places, tuple(failures), roles, tuple(directory for directory in self.directories if not directory.is_dir()))
 
     def read(self, key: Key, place: Place) -> Entry | Failure:
         """Loads one file, which takes seconds where it is large; raises `StartupError` for a device that cannot run."""
@@ -118,6 +125,13 @@ class ModelFiles:
             "model loaded", model=name, version=version, device=facts.pop("name"), seconds=round(entry.seconds, 3), memory_bytes=entry.memory_bytes, **facts
         )
         return entry
+
+
+def _roles(name: str, folder: Path) -> Roles | Failure:
+    try:
+        return Roles.read(folder)
+    except RolesError as error:
+        return Failure(name, "", str(error))
 
 
 def _check_names(name: str, version: str) -> None:

@@ -76,6 +76,7 @@ class Predictor:
             "name": runner.name,
             "version": runner.version,
             "versions": self.catalog.versions(name),
+            "roles": self.catalog.roles(name),
             "device": runner.engine.device.to_dict(),
             "layouts": list(skeletons.reachable(manifest.layout)) if manifest.layout else [],
             "manifest": manifest.summary(),
@@ -119,7 +120,7 @@ class Predictor:
         Raises `ModelNotFound`, `LayoutUnknown`, `Malformed`, `NoEvents` or `TooMany`.
         """
         self._check_open()
-        runner = self.runner(name, version)
+        runner = self.models.draw(name, version)
         options = self._checked(options, runner)
         try:
             self.sessions.check_room()
@@ -184,7 +185,7 @@ class Predictor:
         self, session: Session, version: str | None, opening: Options, first: int, count: int | None, payload: Payload, options: Options, deadline: float
     ) -> Answer:
         """Begins a session anew at frame 0, opened with `opening`, if these frames run; else it stays as it was. The caller has its turn."""
-        runner = self.runner(session.model, version)
+        runner = self.models.draw(session.model, version)
         fresh = _begun(runner, self._checked(opening, runner), session.id)
         self._runners[fresh] = runner
         try:

@@ -17,6 +17,7 @@ from service.catalog import Catalog, natural
 from service.errors import ModelLoading, ModelNotFound, ModelNotReady, ModelRefused, StartupError
 from service.metrics import Metrics
 from service.model_files import Entry, Failure, Key, Look, Place
+from service.roles import Roles
 from service.runner import Runner
 from service.settings import Settings
 
@@ -41,6 +42,7 @@ class Repository:
         self._runners: dict[Key, Runner] = {entry.key: self._runner(entry) for entry in catalog}
         self._retiring: dict[Runner, asyncio.Task[None]] = {}
         self._loading: set[Key] = set()
+        self._owed: dict[str, float] = {}  # sessions that a model's candidate would have by its share and has not, below 1
         self._changing = asyncio.Lock()
         self._seen: dict[Key, Place] = dict(catalog.look.places)  # what each file looked like when it was last acted upon
         self._before = catalog.look  # the watcher's last
@@ -81,9 +83,19 @@ class Repository:
             raise
         return self._runners[entry.key]
 
+    def draw(self, name: str, version: str | None = None) -> Runner:
+        """As `find`, for a new session: the candidate gets its share of those that ask for no version, evenly spread."""
+        if version is not None or (tried := self.catalog.candidate(name)) is None:
+            return self.find(name, version)
+        candidate, share = tried
+        owed = self._owed.get(name, 0.0) + share
+        drawn = owed > 1 - 1e-9  # shares such as 0.1 do not add up to 1 exactly
+        self._owed[name] = owed - drawn
+        return self.find(name, candidate if drawn else None)
+
     def at_work(self, name: str) -> bool:
         """Whether any version of this model has work, be it only to finish."""
-        return any(runner.name == name for runner in self)
+        return self.catalog.serves(name) or any(runner.name == name for runner in self._retiring)
 
     def states(self) -> list[dict[str, str]]:
         """Every version with its state, as the Open Inference Protocol calls it, and the reason for it; those that serve come first."""
@@ -120,6 +132,7 @@ class Repository:
                 if failure is not None:
                     failures.append(failure)
             if version is None:
+                self._assign(look, look)
                 for key in [key for key in self._runners if key[0] == name and key not in look.places]:
                     self._unload(key)
         if failures:
@@ -132,7 +145,7 @@ class Repository:
         Raises `ModelNotFound` for what is not served.
         """
         async with self._changing:
-            versions = [self.catalog.find(name, version).version] if version is not None or name not in self.catalog.names() else self.catalog.versions(name)
+            versions = [self.catalog.find(name, version).version] if version is not None or not self.catalog.serves(name) else self.catalog.versions(name)
             for one in versions:
                 self._unload((name, one))
             return versions
@@ -206,7 +219,7 @@ class Repository:
         """Acts on what has changed since it was last acted upon and was the same at the last two looks: a file may still be on its way."""
         before, self._before = self._before, look
         async with self._changing:
-            self.catalog.refuse_folders(look.failures)
+            self._assign(before, look)
             for key in sorted(self._seen.keys() | look.places.keys()):
                 was, now = before.places.get(key), look.places.get(key)
                 if was != now or now == self._seen.get(key) or (now is None and look.hides(key, self._seen[key])):
@@ -215,6 +228,13 @@ class Repository:
                     await self._load(key, now)
                 else:
                     self._gone(key, now)
+
+    def _assign(self, before: Look, look: Look) -> None:
+        """Takes over roles that both looks saw; where the file cannot be read, the roles stay as they are."""
+        self.catalog.refuse_folders(look.wrong())
+        for name, roles in look.roles.items():
+            if isinstance(roles, Roles) and before.roles.get(name) == roles:
+                self.catalog.assign(name, roles)
 
     def _gone(self, key: Key, now: Place | None) -> None:
         if key in self._runners:

@@ -231,6 +231,7 @@ def _models(predictor: Predictor) -> dict[str, Any]:
             "name": value["name"],
             "version": value["version"],
             "versions": value["versions"],
+            "roles": value["roles"],
             "task": value["manifest"]["task"],
             "frame_shape": value["manifest"]["frame_shape"],
             "layout": value["manifest"]["layout"],

@@ -23,7 +23,7 @@ class AnswerQuery(BaseModel):
 class StreamQuery(AnswerQuery):
     """Options of a stream or a clip."""
 
-    version: str | None = Field(None, description="of the model; default: the highest")
+    version: str | None = Field(None, description="of the model, or latest, stable or candidate; default: the stable one, else the highest")
     layout: str | None = Field(None, description="joint layout of the frames, if not the model's own; `layouts` of the model says which are understood")
     fps: float | None = Field(None, description="frame rate of the frames, if not the model's own; from 0.001 to 1000")
 

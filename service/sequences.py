@@ -13,6 +13,7 @@ from service.frames import Payload
 from service.options import Options
 from service.predictor import Predictor
 from service.protocol import Answer
+from service.roles import ALIASES
 from service.sessions import Session
 from service.tensors import Step
 
@@ -62,7 +63,7 @@ class Sequences:
             if not step.start:
                 raise self._absent(model, step.sequence)
             return self._predictor.open(model, version, _OPTIONS, session_id(model, step.sequence)), True
-        if not step.start and version not in (None, session.version):
+        if not step.start and version not in (None, *ALIASES, session.version):  # what an alias stands for may have changed since
             raise SequenceNotFound(f"{_must_start(model, step.sequence)}; it is under way on version {session.version}", version=session.version)
         return session, False
 

@@ -39,7 +39,7 @@ LAYERS = {
         ["__main__"],
     ],
     "service": [
-        ["errors", "metrics", "logs", "detector", "statistics", "shortcut"],
+        ["errors", "metrics", "logs", "detector", "statistics", "shortcut", "roles"],
         ["settings", "options", "resampler", "compression", "client_values", "client_errors"],
         ["progress"],
         ["engine", "batcher", "sessions", "protocol", "frames", "gate"],

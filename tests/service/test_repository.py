@@ -25,6 +25,7 @@ from service.metrics import Metrics
 from service.model_files import Entry, Failure, Key, ModelFiles, Place
 from service.options import Options
 from service.predictor import Predictor
+from service.roles import ROLES_FILE
 from service.sessions import Session
 from service.settings import Settings
 from tests import toy_models
@@ -123,9 +124,7 @@ def test_what_is_unloaded_is_freed_when_its_last_session_has_ended(folder: Path)
         assert engine() is not None
         await step(predictor, session, 1)
         await predictor.close(session, "closed")
-        await until(lambda: len(list(predictor.models)) == 1)
-        gc.collect()
-        assert engine() is None
+        await until(lambda: gc.collect() >= 0 and engine() is None)
         assert 'model="toy"' not in "".join(line for line in predictor.metrics.text().decode().splitlines() if line.startswith("indrnn_waiting"))
         with pytest.raises(ModelNotFound):
             predictor.open("toy", None, ALL)
@@ -287,6 +286,96 @@ def test_a_directory_that_is_gone_takes_nothing_with_it(folder: Path) -> None:
         await until(lambda: predictor.catalog.names() == ["new", "toy"])
 
     serve(folder, scenario, watch_s=0.03)
+
+
+# Roles
+
+
+def assign(folder: Path, **roles: Any) -> None:
+    (folder / "toy" / ROLES_FILE).write_text(json.dumps(roles))
+
+
+def test_aliases(folder: Path) -> None:
+    for version in ("2", "10"):
+        toy_models.write_toy(folder, "toy", OTHER, version=version)
+    assign(folder, stable="2")
+
+    async def scenario(predictor: Predictor) -> None:
+        def meant(*versions: str | None) -> list[str]:
+            return [predictor.runner("toy", version).version for version in versions]
+
+        assert meant(None, "stable", "latest") == ["2", "2", "10"]
+        with pytest.raises(ModelNotFound, match="no version 'candidate'"):
+            predictor.runner("toy", "candidate")
+        assign(folder, candidate="10")
+        assert await predictor.models.load("toy") == []
+        assert meant(None, "stable", "latest", "candidate") == ["2", "2", "10", "10"]
+        assert predictor.describe("toy")["roles"] == {"latest": "10", "stable": "2", "candidate": "10", "share": 0.0}
+        assign(folder, stable="7")  # it is not there
+        await predictor.models.load("toy")
+        assert meant(None, "stable", "latest") == ["10", "10", "10"]
+        (folder / "toy" / ROLES_FILE).write_text("{")
+        await predictor.models.load("toy")
+        assert [failure.reason[:25] for failure in predictor.catalog.failures] == ["versions.json is not JSON"]
+        await predictor.models.unload("toy", "latest")
+        assert predictor.catalog.versions("toy") == ["1", "2"]
+
+    serve(folder, scenario)
+
+
+def test_a_candidate_gets_its_share_of_new_sessions_and_nothing_else(folder: Path) -> None:
+    toy_models.write_toy(folder, "toy", OTHER, version="2")
+    assign(folder, stable="1", candidate="2", share=0.2)
+
+    async def scenario(predictor: Predictor) -> None:
+        alone = await scores_of(predictor, "1")
+        opened = [predictor.open("toy", None, ALL).version for _ in range(100)]
+        assert opened.count("2") == 20
+        assert {opened[i : i + 5].count("2") for i in range(0, 100, 5)} == {1}  # evenly
+        assert {predictor.open("toy", "stable", ALL).version for _ in range(10)} == {"1"}
+        assert [await scores_of(predictor) for _ in range(10)] == [alone] * 10
+        text = predictor.metrics.text().decode()
+        assert 'indrnn_sessions_opened_total{model="toy",version="2"} 20.0' in text
+        await predictor.models.unload("toy", "2")
+        assert {predictor.open("toy", None, ALL).version for _ in range(10)} == {"1"}
+
+    serve(folder, scenario)
+
+
+def test_a_candidate_that_takes_other_frames_gets_none(folder: Path) -> None:
+    toy_models.write_toy(folder, "toy", Toy(shape=(4,)), version="2")
+    assign(folder, candidate="2", share=1)
+
+    async def scenario(predictor: Predictor) -> None:
+        assert predictor.open("toy", None, ALL).version == "1"
+        assert predictor.open("toy", "candidate", ALL).version == "2"
+        assert predictor.describe("toy")["roles"]["share"] == 0
+
+    serve(folder, scenario)
+
+
+def test_roles_are_followed(folder: Path) -> None:
+    toy_models.write_toy(folder, "toy", OTHER, version="2")
+
+    async def scenario(predictor: Predictor) -> None:
+        assert predictor.runner("toy").version == "2"
+        assign(folder, stable="1")
+        await until(lambda: predictor.runner("toy").version == "1")
+        (folder / "toy" / ROLES_FILE).write_text("[]")
+        await until(lambda: predictor.catalog.failures)
+        assert predictor.runner("toy").version == "1"
+        (folder / "toy" / ROLES_FILE).unlink()
+        await until(lambda: predictor.runner("toy").version == "2")
+        assert not predictor.catalog.failures
+
+    serve(folder, scenario, watch_s=0.03)
+
+
+def test_a_version_may_not_be_called_like_an_alias(folder: Path) -> None:
+    toy_models.write_toy(folder, "toy", OTHER, version="latest")
+    catalog = Catalog.load([folder], "cpu", 1)
+    assert catalog.versions("toy") == ["1"]
+    assert "is no version" in catalog.failures[0].reason
 
 
 # Over the API, against a process
