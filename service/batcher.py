@@ -208,8 +208,15 @@ def _drop_idle(line: deque[Job]) -> list[tuple[Job, BaseException | None]]:
     dropped: list[tuple[Job, BaseException | None]] = []
     for job in [job for job in line if job.cancelled or job.deadline < now]:
         line.remove(job)
-        dropped.append((job, asyncio.CancelledError() if job.cancelled else Deadline(f"the message waited longer than allowed ({now - job.queued:.1f} s)")))
+        dropped.append((job, asyncio.CancelledError() if job.cancelled else _too_late(job, now)))
     return dropped
+
+
+def _too_late(job: Job, now: float) -> Deadline:
+    passed = f"{now - job.queued:.1f} s"
+    if job.begun:
+        return Deadline(f"the message was not done after {passed}, {job.work.frames} steps of the model were left: send fewer frames at once")
+    return Deadline(f"the message waited {passed} for its turn, which is as long as it may: send it again when the service is less busy")
 
 
 def form_batch(line: deque[Job], most_rows: int) -> tuple[list[Job], int]:

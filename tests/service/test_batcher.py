@@ -138,11 +138,25 @@ def test_a_deadline_passes() -> None:
         await asyncio.sleep(0)
         gate.open.set()
         await first
-        with pytest.raises(Deadline):
+        with pytest.raises(Deadline, match="send it again when the service is less busy"):
             await late
 
     with_batcher(scenario, gate)
     assert gate.batches == [[1]]
+
+
+def test_work_that_takes_too_long_is_told_to_be_shorter() -> None:
+    def slow(works: Sequence[Toy], steps: int) -> list[Exception | None]:
+        time.sleep(0.02)
+        return advance(works, steps)
+
+    async def scenario(batcher: Batcher) -> None:
+        work = Toy(1, 100 * MOST_STEPS)
+        with pytest.raises(Deadline, match=r"(\d+) steps of the model were left: send fewer frames at once"):
+            await batcher.run(work, time.monotonic() + 0.05, nothing)
+        assert 0 < len(work.ran) < 100
+
+    with_batcher(scenario, slow)
 
 
 def test_a_caller_that_leaves_before_its_turn_costs_nothing() -> None:
