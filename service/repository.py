@@ -151,14 +151,17 @@ class Repository:
             return versions
 
     async def _load(self, key: Key, place: Place) -> Failure | None:
-        self._seen[key] = place
         self._loading.add(key)
         try:
             loaded = await asyncio.to_thread(self.catalog.files.read, key, place)
         except StartupError as error:
             loaded = Failure(*key, str(error))
+        except Exception as error:  # whatever a file can do to its reader, it does it once: what is served and the watcher live on
+            log.exception("model not served", model=key[0], version=key[1])
+            loaded = Failure(*key, f"loading failed: {type(error).__name__}")
         finally:
             self._loading.discard(key)
+        self._seen[key] = place
         if isinstance(loaded, Failure):
             self.catalog.refuse(loaded)
             self._metrics.models_refused.labels(*key).inc()

@@ -229,6 +229,87 @@ def test_while_a_model_is_loaded_others_are_served_and_it_says_so(folder: Path, 
     serve(folder, scenario)
 
 
+def test_a_file_that_breaks_its_reader_breaks_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(files: ModelFiles, key: Key, place: Place) -> Entry | Failure:
+        raise MemoryError
+
+    async def scenario(predictor: Predictor) -> None:
+        monkeypatch.setattr(ModelFiles, "read", breaking)
+        toy_models.write_toy(folder, "new", OTHER)
+        await until(lambda: predictor.catalog.failures)
+        assert predictor.catalog.failures == (Failure("new", "1", "loading failed: MemoryError"),)
+        assert await scores_of(predictor)
+        monkeypatch.undo()
+        assert await predictor.models.load("new") == ["1"]
+
+    serve(folder, scenario, watch_s=0.03)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_comes_and_goes_a_session_hears_what_its_file_says(folder: Path, seed: int) -> None:
+    """Sessions and clips while versions are replaced, unloaded and loaded at random: each gets the bits of one file, and nothing is left behind."""
+    random = np.random.default_rng(seed)
+    toys = [Toy(seed=one) for one in (7, 8, 9)]
+
+    async def scenario(predictor: Predictor) -> None:
+        known: set[bytes] = set()
+        for number, toy in enumerate(toys):
+            toy_models.write_toy(folder, f"reference{number}", toy)
+            await predictor.models.load(f"reference{number}")
+            answer = await predictor.predict(f"reference{number}", None, Payload("array", CLIP, CLIP.nbytes), ALL)
+            known.add(answer.scores.tobytes())
+        heard: list[bytes] = []
+        refused = 0
+        over = False
+
+        async def change() -> None:
+            nonlocal over
+            for _ in range(30):
+                version = str(random.integers(1, 3))
+                if random.random() < 0.7:
+                    toy_models.write_toy(folder, "toy", toys[random.integers(len(toys))], version=version)
+                    await predictor.models.load("toy")
+                elif version in (predictor.catalog.versions("toy") if predictor.catalog.serves("toy") else ()):
+                    await predictor.models.unload("toy", version)
+                await asyncio.sleep(0.005)
+            over = True
+
+        async def stream() -> None:
+            nonlocal refused
+            while not over:
+                await asyncio.sleep(0.002)
+                try:
+                    session = predictor.open("toy", None, ALL)
+                except (ModelNotFound, ModelLoading, ModelNotReady):
+                    refused += 1
+                    continue
+                parts = []
+                while session.next_frame < len(CLIP):
+                    parts.append(await step(predictor, session, min(5, len(CLIP) - session.next_frame)))
+                    await asyncio.sleep(0.003)
+                heard.append(b"".join(parts))
+                await predictor.close(session, "closed")
+
+        async def clips() -> None:
+            nonlocal refused
+            while not over:
+                try:
+                    heard.append(await scores_of(predictor))
+                except (ModelNotFound, ModelLoading, ModelNotReady):
+                    refused += 1
+                await asyncio.sleep(0.003)
+
+        async with asyncio.TaskGroup() as group:
+            for one in (change, stream, stream, stream, clips):
+                group.create_task(one())
+        assert set(heard) <= known
+        assert len(heard) > 5
+        assert len(set(heard)) > 1
+        await until(lambda: len(list(predictor.models)) == len(list(predictor.catalog)))
+
+    serve(folder, scenario)
+
+
 # The watcher
 
 
@@ -394,6 +475,8 @@ def test_over_the_api(start: Callable[..., Any], folder: Path) -> None:
             toy_models.write_failing_self_test(folder, "toy")
             refused = http.post("/v1/models/toy/load", json={"version": "1"})
             assert (refused.status_code, refused.json()["code"]) == (400, "model_refused")
+            refused = http.post("/v2/repository/models/toy/load")
+            assert (refused.status_code, "self-test" in refused.json()["error"]) == (400, True)
             for path in ("/v1/models", "/health/ready"):
                 assert "self-test" in next(one for one in http.get(path).json()["failed"] if one["name"] == "toy")["reason"]
             assert "self-test" in server.errors()
