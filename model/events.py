@@ -86,6 +86,24 @@ class EventState:
         """Raises `TypeError` for fields that are unknown."""
         return cls(**value)
 
+    def check(self, classes: Sequence[str], end: int) -> None:
+        """For a state that comes from elsewhere: raises `ValueError` unless rows of these classes, of frames below `end`, may leave it."""
+        for label in (self.label, self.candidate):
+            if label is not None and label not in classes:
+                raise ValueError(f"{label!r:.60} is none of these classes")
+        numbers = [self.start, self.rows, self.gone, self.gone_frame, self.gone_rows, self.run, self.run_frame, self.run_rows, self.ended]
+        if min(numbers) < 0 or max(self.start, self.gone_frame, self.run_frame, self.ended) > end:
+            raise ValueError(f"a number below 0, or a frame that is not below {end}")
+        if not np.isfinite([self.total, self.gone_total, self.run_sum, self.run_total]).all():
+            raise ValueError("a sum of scores that is not finite")
+        opened = self.label is not None
+        if opened != (self.rows > 0) or (self.gone and not (opened and 0 < self.gone_rows <= self.rows)):
+            raise ValueError("rows of an event that is not open, or an open one of no rows")
+        if (self.candidate is None) != (self.run == 0) or (self.run and opened and not 0 < self.run_rows <= self.rows):
+            raise ValueError("a run of no candidate, or a candidate of no run")
+        if opened and self.candidate == self.label:
+            raise ValueError("a candidate that is open already")
+
 
 def advance(rules: EventRules, classes: Sequence[str], state: EventState, scores: Floats, frames: Numbers) -> tuple[EventState, list[Event]]:
     """Rows of scores (n, classes) at client frames (n,), which never go back -> the state after them and the events they decide, in order.

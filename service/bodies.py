@@ -15,6 +15,11 @@ _RAW = ("application/octet-stream",)
 _NPY = ("application/x-npy", "application/npy", "application/x-numpy")
 
 
+def media_type(request: Request) -> str:
+    """What the body is said to be, in lower case and without parameters; "" where nothing is said."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body; raises `TooLarge` as soon as it is longer than `limit` bytes, whatever its header announced."""
     announced = request.headers.get("content-length", "")
@@ -34,7 +39,7 @@ async def read_frames_body(request: Request, limit: int, required: tuple[str, ..
     """Frames, and what else a JSON body says beside them (`required` and `optional` fields); raises `Malformed` or `TooLarge`."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Malformed(f"content-encoding {request.headers['content-encoding']!r:.60} is not supported: send the body as it is")
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind not in (*_JSON, *_RAW, *_NPY):
         raise Malformed(
             f"content-type {kind!r:.60} is not supported; send application/json, application/octet-stream (float32, little-endian) or application/x-npy"

@@ -83,8 +83,17 @@ class Client:
     def reset_session(self, session: str, at: int) -> None:
         self._loop.call(self._client.reset_session(session, at))
 
+    def touch_session(self, session: str) -> float | None:
+        return self._loop.call(self._client.touch_session(session))
+
     def close_session(self, session: str) -> None:
         self._loop.call(self._client.close_session(session))
+
+    def save_session(self, session: str) -> bytes:
+        return self._loop.call(self._client.save_session(session))
+
+    def restore_session(self, name: str, record: bytes, *, version: str | None = None) -> dict[str, Any]:
+        return self._loop.call(self._client.restore_session(name, record, version=version))
 
 
 class Tracks:

@@ -114,10 +114,34 @@ class AsyncClient:
     async def reset_session(self, session: str, at: int) -> None:
         await self._call("POST", f"/v1/sessions/{_part(session)}/reset", {"json": {"at": at}})
 
+    async def touch_session(self, session: str) -> float | None:
+        """Keeps it from expiring; the seconds until it would, None where it does not. A stream's connection does so by itself."""
+        expires_in_s: float | None = (await self._call("POST", f"/v1/sessions/{_part(session)}/touch"))["expires_in_s"]
+        return expires_in_s
+
     async def close_session(self, session: str) -> None:
         await self._call("DELETE", f"/v1/sessions/{_part(session)}")
 
+    async def save_session(self, session: str) -> bytes:
+        """Its record, taken between two of its messages; it goes on. The record holds the session's id: keep it as secret."""
+        return (await self._request("GET", f"/v1/sessions/{_part(session)}/state")).content
+
+    async def restore_session(self, name: str, record: bytes, *, version: str | None = None) -> dict[str, Any]:
+        """A new session of a model of the same fingerprint, which goes on where the record's was, with the same bits; as `open_session` answers.
+
+        Frames go on from `next_frame`; `client.stream(name, session=..., ack=...)` streams them, and hears the kept answers from `ack` on.
+        The client's token must be that for management.
+        """
+        body = {"content": record, "headers": {"Content-Type": "application/octet-stream"}}
+        return await self._call("POST", f"/v1/models/{_part(name)}/sessions", body, version=version)
+
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> dict[str, Any]:
+        response = await self._request(method, path, body, **query)
+        with suppress(ValueError, TypeError):  # no JSON object: another server listens there
+            return dict(response.json())
+        raise http_refusal(response.status_code, response.content)
+
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> httpx.Response:
         try:
             response = await self._http.request(method, path, params=_given(query), **(body or {}))
         except httpx.TimeoutException:
@@ -125,8 +149,7 @@ class AsyncClient:
         except httpx.TransportError as error:
             raise nobody_at(self.url, error) from None
         if response.is_success:
-            with suppress(ValueError, TypeError):  # no JSON object: another server listens there
-                return dict(response.json())
+            return response
         raise http_refusal(response.status_code, response.content)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,12 @@ class Detector:
         """Begins anew at frame `at`; what is open ends there."""
         self.state, events = close(self._rules, self._classes, self.state, at)
         return self._keep(events, time_of)
+
+    def restore(self, state: EventState, kept: Iterable[TimedEvent], forgotten: int) -> None:
+        """Goes on where another detector of these rules was."""
+        self.state = state
+        self.kept = deque(kept, maxlen=KEPT_EVENTS)
+        self.forgotten = forgotten
 
     def decided(self, first: int, end: int, *, resets: bool = False) -> list[TimedEvent]:
         """Kept events that frames [first, end) decided; with `resets` those as well that a reset at one of them brought about."""

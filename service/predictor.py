@@ -1,4 +1,4 @@
-"""The use cases, free of HTTP: classify a clip; open, advance, reset, resume and close a stream."""
+"""The use cases, free of HTTP: classify a clip; open, advance, reset, resume and close a stream; put it away and take it up again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,25 @@ import structlog
 from model import skeletons
 from service.catalog import Catalog
 from service.detector import TimedEvent
-from service.errors import AnswersForgotten, Deadline, Draining, LayoutUnknown, Malformed, ModelNotFound, NoEvents, Overloaded, ServiceError, TakenOver
+from service.errors import (
+    AnswersForgotten,
+    Deadline,
+    Draining,
+    FingerprintMismatch,
+    LayoutUnknown,
+    Malformed,
+    ModelNotFound,
+    NoEvents,
+    Overloaded,
+    ServiceError,
+    TakenOver,
+)
 from service.frames import Payload
 from service.metrics import Metrics
 from service.options import Options
 from service.progress import Passage, Progress
 from service.protocol import Answer
+from service.record import Record
 from service.repository import Repository
 from service.resampler import Floats, Times, read_times
 from service.runner import Runner
@@ -40,7 +53,7 @@ class Predictor:
     def __init__(self, catalog: Catalog, settings: Settings, metrics: Metrics) -> None:
         self.catalog = catalog
         self.metrics = metrics
-        self.sessions = Sessions(settings.sessions, settings.idle_s, self._session_ended)
+        self.sessions = Sessions(settings.sessions, settings.idle_s, self._session_ended, settings.age_s)
         self.draining = False
         self._settings = settings
         self.models = Repository(catalog, settings, metrics, self._evict)
@@ -122,17 +135,38 @@ class Predictor:
         self._check_open()
         runner = self.models.draw(name, version)
         options = self._checked(options, runner)
-        try:
-            self.sessions.check_room()
-        except ServiceError:
-            self.metrics.sessions_refused.inc()
-            raise
+        self._check_room()
         session = _begun(runner, options, session_id)
-        self.sessions.add(session)
-        self._runners[session] = runner
-        self.metrics.sessions_opened.labels(runner.name, runner.version).inc()
-        self.metrics.sessions_live.labels(runner.name, runner.version).inc()
+        self._add(session, runner)
         return session
+
+    async def snapshot(self, session: Session) -> Record:
+        """The session's record, taken between two of its messages; the session goes on. Raises what `turn` raises."""
+        async with self.turn(session, self.deadline()):
+            runner = self._runners[session]
+            return session.record(runner.manifest, runner.rows.gather([session.row])[0])
+
+    def restore(self, name: str, version: str | None, record: Record) -> Session:
+        """A new session that goes on where the record's was, with the same bits. It has an id of its own: the other may live on, here or elsewhere.
+
+        The model may be called otherwise here than where the record was made; its fingerprint decides. Nothing is taken before all is checked.
+        Raises `ModelNotFound`, `FingerprintMismatch`, `TooMany`, or what `Record.check` raises.
+        """
+        self._check_open()
+        runner = self._runner_of(name, version, record)
+        record.check(runner.manifest)
+        options = self._checked(record.options, runner)
+        self._check_room()
+        session = _begun(runner, options, None)
+        session.restore(record)
+        runner.rows.scatter([session.row], record.row[None])
+        self._add(session, runner)
+        log.info("session restored", session=session.digest, model=runner.name, version=runner.version, next_frame=session.next_frame)
+        return session
+
+    def touch(self, session: Session) -> None:
+        """Keeps an idle session from expiring, as a message would."""
+        session.used = time.monotonic()
 
     async def advance(self, session: Session, first: int, count: int | None, payload: Payload, options: Options, owner: Owner | None = None) -> Answer:
         """Takes frames [first, first + count) as the protocol's section 1 says; a message that fails changes nothing.
@@ -324,6 +358,34 @@ class Predictor:
         if events:
             self.metrics.events.labels(runner.name, runner.version).inc(len(events))
 
+    def _runner_of(self, name: str, version: str | None, record: Record) -> Runner:
+        """The asked version; else that of the record's fingerprint: the one of its name if there are several, or the highest."""
+        if version is not None:
+            return self.runner(name, version)
+        self.runner(name)
+        served = {one: self.runner(name, one) for one in self.catalog.versions(name)}
+        fit = [one for one, runner in served.items() if runner.manifest.fingerprint == record.fingerprint]
+        if not fit:
+            raise FingerprintMismatch(
+                f"the session record is of another model: no version of {name} has its fingerprint",
+                fingerprint=record.fingerprint,
+                served={one: runner.manifest.fingerprint for one, runner in served.items()},
+            )
+        return served[record.version if record.version in fit else fit[-1]]
+
+    def _check_room(self) -> None:
+        try:
+            self.sessions.check_room()
+        except ServiceError:
+            self.metrics.sessions_refused.inc()
+            raise
+
+    def _add(self, session: Session, runner: Runner) -> None:
+        self.sessions.add(session)
+        self._runners[session] = runner
+        self.metrics.sessions_opened.labels(runner.name, runner.version).inc()
+        self.metrics.sessions_live.labels(runner.name, runner.version).inc()
+
     def _checked(self, options: Options, runner: Runner) -> Options:
         """The options as settled for a stream; an unknown layout is refused before anything is taken."""
         options = _settled(options, runner)
@@ -354,7 +416,7 @@ class Predictor:
                     self.sessions.end(session, "drained")
 
     async def _sweep(self) -> None:
-        pause = min(1.0, self._settings.idle_s / 4)
+        pause = min(1.0, self._settings.idle_s / 4, (self._settings.age_s or self._settings.idle_s) / 4)
         while True:
             await asyncio.sleep(pause)
             for session in self.sessions.expire():

@@ -8,13 +8,14 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
 from service import schemas
-from service.bodies import read_body, read_frames_body, read_json
+from service.bodies import media_type, read_body, read_frames_body, read_json
 from service.errors import Draining, Malformed
 from service.gate import Gate
 from service.metrics import CONTENT_TYPE_LATEST
 from service.options import NAMES, Options, read_options
 from service.predictor import Predictor
 from service.protocol import Answer, encode, frame_number
+from service.record import Record
 from service.schemas import frames_body, json_body, refusals
 from service.sequences import may_be_guessed
 from service.sessions import Cause, Session
@@ -125,18 +126,33 @@ async def predict(request: Request, name: str, query: Annotated[schemas.StreamQu
     summary="Open a session",
     tags=["sessions"],
     response_model=None,
-    responses={201: {"model": schemas.OpenedBody}, **refusals(400, 404, 422, 429, 503)},
+    responses={201: {"model": schemas.OpenedBody}, **refusals(400, 403, 404, 409, 413, 422, 429, 503)},
+    openapi_extra=schemas.opening_body(),
 )
 async def open_session(request: Request, name: str, query: Annotated[schemas.StreamQuery, Query()]) -> Response:
-    """The state is carried from one step to the next. Options may also come as a JSON body."""
+    """The state is carried from one step to the next. Options may also come as a JSON body.
+
+    With a session record as the body (`application/octet-stream`; management) the new session goes on where that of the record was, with the same bits.
+    """
     predictor = _predictor(request)
+    if media_type(request) == "application/octet-stream":
+        return await _restore(request, name, query)
     options, version = _options(query, _DEFAULTS), query.version
     if body := await read_body(request, 64 * 1024):
         fields = read_json(body, (), ("version", *NAMES))
         version = _version(fields.pop("version", None)) or version
         options = read_options(fields, options)
-    session = predictor.open(name, version, options)
-    return _json(predictor.opened(session), 201, {"location": f"/v1/sessions/{session.id}"})
+    return _opened(predictor, predictor.open(name, version, options))
+
+
+async def _restore(request: Request, name: str, query: schemas.StreamQuery) -> Response:
+    _gate(request).check_management(request.headers)
+    if query.model_dump(exclude={"version"}, exclude_none=True):
+        raise Malformed("a session record has its own options: only version may be given with it")
+    predictor = _predictor(request)
+    predictor.runner(name, query.version)  # an unknown model is said before a long body is read
+    record = Record.from_bytes(await read_body(request, _settings(request).body_bytes))
+    return _opened(predictor, predictor.restore(name, query.version, record))
 
 
 @router.post(
@@ -190,7 +206,40 @@ async def reset(request: Request, session_id: str) -> Response:
     responses={200: {"model": schemas.SessionBody}, **refusals(404)},
 )
 async def session_facts(request: Request, session_id: str) -> Response:
-    return _json(_predictor(request).sessions.find(session_id).facts())
+    sessions = _predictor(request).sessions
+    session = sessions.find(session_id)
+    return _json({**session.facts(), "expires_in_s": sessions.expires_in_s(session)})
+
+
+@router.get(
+    "/v1/sessions/{session_id}/state",
+    summary="Put a session away",
+    tags=["sessions"],
+    response_class=Response,
+    response_model=None,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}, "description": "the session record"},
+        **refusals(404, 408, 503),
+    },
+)
+async def session_state(request: Request, session_id: str) -> Response:
+    """The session's record, taken between two of its messages; the session goes on. It holds the session's id: keep it as secret."""
+    record = await _predictor(request).snapshot(_session(request, session_id))
+    return Response(record.to_bytes(), media_type="application/octet-stream", headers={"cache-control": "no-store"})
+
+
+@router.post(
+    "/v1/sessions/{session_id}/touch",
+    summary="Keep a session alive",
+    tags=["sessions"],
+    response_model=None,
+    responses={200: {"model": schemas.TouchBody}, **refusals(404)},
+)
+async def touch(request: Request, session_id: str) -> Response:
+    """As a message would, without one. A websocket keeps its sessions alive by itself."""
+    predictor, session = _predictor(request), _session(request, session_id)
+    predictor.touch(session)
+    return _json({"next_frame": session.next_frame, "expires_in_s": predictor.sessions.expires_in_s(session)})
 
 
 @router.delete(
@@ -222,6 +271,10 @@ def _session(request: Request, session_id: str) -> Session:
     if may_be_guessed(session_id):
         _gate(request).check_origin(request.headers)
     return _predictor(request).sessions.find(session_id)
+
+
+def _opened(predictor: Predictor, session: Session) -> Response:
+    return _json(predictor.opened(session), 201, {"location": f"/v1/sessions/{session.id}"})
 
 
 def _models(predictor: Predictor) -> dict[str, Any]:

@@ -124,7 +124,9 @@ class SessionBody(BaseModel):
     reset_at: int
     options: dict[str, Any]
     created: float = Field(description="seconds since 1970")
+    epoch: int = Field(description="how often the stream was taken up from a record")
     idle_s: float
+    expires_in_s: float | None = Field(description="until it expires if nobody uses it; null while a websocket keeps it alive and no age is set")
     streaming: bool = Field(description="whether a websocket is attached")
     open_event: dict[str, Any] | None = Field(None, description="what has started and not ended, where the model has events")
 
@@ -135,6 +137,12 @@ class PlaceBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     next_frame: int
+
+
+class TouchBody(PlaceBody):
+    """How long a session lives on."""
+
+    expires_in_s: float | None
 
 
 class ResetBody(PlaceBody):
@@ -181,6 +189,15 @@ def frames_body(extra: dict[str, Any] | None = None, required: tuple[str, ...] =
             },
         }
     }
+
+
+def opening_body() -> dict[str, Any]:
+    """OpenAPI's description of what a session is opened with: options, or the record of another session."""
+    described = "`version` and options, as in the query"
+    schema = {"type": "object", "description": described, "additionalProperties": True}
+    record = {**_BINARY["schema"], "description": "a session record, as GET /v1/sessions/{session_id}/state answers with it (management)"}
+    content = {"application/json": {"schema": schema, "example": {"scores": "all"}}, "application/octet-stream": {"schema": record}}
+    return {"requestBody": {"required": False, "content": content}}
 
 
 def json_body(properties: dict[str, Any], example: Any) -> dict[str, Any]:

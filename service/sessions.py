@@ -14,13 +14,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from model.contract import Manifest
+from model.events import EventState
 from service.errors import AnswersForgotten, Empty, Gap, ServiceError, SessionExpired, SessionNotFound, TooMany
 from service.options import Options
 from service.progress import Progress
+from service.record import Record, manifest_digest
 from service.resampler import Times
 
 Floats = npt.NDArray[np.float32]
-Cause = Literal["closed", "expired", "drained", "deleted", "restarted", "failed"]  # failed: what would have been its first frames
+Cause = Literal["closed", "expired", "aged", "drained", "deleted", "restarted", "failed"]  # failed: what would have been its first frames
 
 KEPT_FRAMES = 64
 KEPT_BYTES = 256 * 1024
@@ -100,6 +103,12 @@ class Answers:
         """How many more frames can be kept without forgetting any."""
         return max(0, self.limit - (self.end - self.start))
 
+    def restore(self, end: int, scores: Floats, times: Times | None) -> None:
+        """Keeps the scores (count, classes) of the frames up to `end`, and nothing else."""
+        self.end = end
+        self._blocks = deque([(end - len(scores), scores, times)] if len(scores) else [])
+        self.forget(end - self.limit)
+
     def add(self, scores: Floats, times: Times | None = None) -> None:
         self._blocks.append((self.end, scores, times))
         self.end += len(scores)
@@ -153,7 +162,8 @@ class Session:
         self.ended: Cause | None = None
         self.queued = 0  # messages that wait for the turn or have it
         self.created = time.time()
-        self.used = time.monotonic()
+        self.began = self.used = time.monotonic()  # in this process, for expiry; `used` also moves on
+        self.epoch = 0  # how often the stream was taken up from a record
         self._reset_at = 0
 
     @property
@@ -187,7 +197,39 @@ class Session:
     def become(self, fresh: Session) -> None:
         """Goes on under this id as a stream that has only just begun; the row of before is the caller's to give back."""
         self.version, self.row, self.options, self.answers, self.progress = fresh.version, fresh.row, fresh.options, fresh.answers, fresh.progress
-        self.created, self._reset_at = fresh.created, 0
+        self.created, self.began, self.epoch, self._reset_at = fresh.created, fresh.began, 0, 0
+
+    def record(self, manifest: Manifest, row: Floats) -> Record:
+        """All that the stream is, with the copy of its `row` (width,); the caller has the turn. `manifest` is its model's."""
+        answers, detector = self.answers, self.progress.detector
+        kept = answers.start < answers.end
+        return Record(
+            session=self.id,
+            model=self.model,
+            version=self.version,
+            fingerprint=manifest.fingerprint,
+            manifest=manifest_digest(manifest),
+            epoch=self.epoch,
+            next_frame=self.next_frame,
+            reset_at=self._reset_at,
+            options=self.options,
+            progress=self.progress.to_dict(),
+            events=() if detector is None else tuple(detector.kept),
+            forgotten=0 if detector is None else detector.forgotten,
+            created=self.created,
+            used=time.time() - (time.monotonic() - self.used),
+            row=row,
+            scores=answers.get(answers.start, answers.end) if kept else np.empty((0, len(manifest.classes)), np.float32),
+            times=answers.times(answers.start, answers.end) if kept else None,
+        )
+
+    def restore(self, record: Record) -> None:
+        """Goes on where the stream of a record was, which was checked against this session's model; the row is the caller's to write."""
+        self.answers.restore(record.next_frame, record.scores, record.times)
+        self.progress.restore(record.progress)
+        if self.progress.detector is not None:
+            self.progress.detector.restore(EventState.from_dict(record.progress["detector"]), record.events, record.forgotten)
+        self.created, self.epoch, self._reset_at = record.created, record.epoch + 1, record.reset_at
 
     def gap(self, why: str) -> Gap:
         return Gap(f"{why}; the session's next frame is {self.next_frame}", next_frame=self.next_frame)
@@ -203,6 +245,7 @@ class Session:
             "reset_at": self._reset_at,
             "options": self.options.to_dict(),
             "created": round(self.created, 3),
+            "epoch": self.epoch,
             "idle_s": round(time.monotonic() - self.used, 3),
             "streaming": self.owner is not None,
             **({} if self.progress.detector is None else {"open_event": self.progress.open_event()}),
@@ -210,14 +253,18 @@ class Session:
 
 
 class Sessions:
-    """All live sessions, capped; idle ones expire and are remembered for a while. `ended` is called exactly once for each that ends."""
+    """All live sessions, capped; idle ones, and those older than `age_s`, expire and are remembered for a while.
 
-    def __init__(self, cap: int, idle_s: float, ended: Callable[[Session, Cause], None]) -> None:
+    `ended` is called exactly once for each that ends.
+    """
+
+    def __init__(self, cap: int, idle_s: float, ended: Callable[[Session, Cause], None], age_s: float | None = None) -> None:
         self._cap = cap
         self._idle_s = idle_s
+        self._age_s = age_s
         self._ended = ended
         self._live: dict[str, Session] = {}
-        self._expired: OrderedDict[str, None] = OrderedDict()  # digests
+        self._expired: OrderedDict[str, Cause] = OrderedDict()  # by digest
 
     def __len__(self) -> int:
         return len(self._live)
@@ -257,22 +304,42 @@ class Sessions:
             return
         session.ended = cause
         del self._live[session.id]
-        if cause == "expired":
-            self._expired[session.digest] = None
+        if cause in ("expired", "aged"):
+            self._expired[session.digest] = cause
             while len(self._expired) > REMEMBERED:
                 self._expired.popitem(last=False)
         self._ended(session, cause)
 
     def expire(self) -> list[Session]:
-        """Ends the sessions that have been idle for too long; those with a message under way are not idle."""
-        limit = time.monotonic() - self._idle_s
-        idle = [session for session in self._live.values() if session.used < limit and not session.turn.locked()]
-        for session in idle:
-            self.end(session, "expired")
-        return idle
+        """Ends the sessions that have been idle for too long or are too old, after a message under way.
+
+        A session that a connection streams is not idle: pings tell that its client is there, and a connection that does not answer them is closed.
+        """
+        now = time.monotonic()
+        over: list[tuple[Session, Cause]] = []
+        for session in self._live.values():
+            if session.turn.locked():
+                continue
+            if self._age_s is not None and now - session.began > self._age_s:
+                over.append((session, "aged"))
+            elif session.owner is None and now - session.used > self._idle_s:
+                over.append((session, "expired"))
+        for session, cause in over:
+            self.end(session, cause)
+        return [session for session, _ in over]
+
+    def expires_in_s(self, session: Session) -> float | None:
+        """Seconds until the session expires if nobody uses it; None where it does not."""
+        now = time.monotonic()
+        idle = [] if session.owner is not None else [session.used + self._idle_s - now]
+        old = [] if self._age_s is None else [session.began + self._age_s - now]
+        return max(0.0, round(min(idle + old), 3)) if idle or old else None
 
     def _absent(self, session_id: str) -> SessionNotFound:
-        if digest(session_id) in self._expired:
+        cause = self._expired.get(digest(session_id))
+        if cause == "aged":
+            return SessionExpired(f"the session expired at the age of {self._age_s:g} s; open a new one")
+        if cause is not None:
             return SessionExpired(f"the session expired after {self._idle_s:g} s without a message; open a new one")
         return SessionNotFound("no such session: it was never opened here, or it was closed")
 

@@ -40,7 +40,8 @@ class Settings(BaseSettings):
     restart_sequences: bool = Field(
         True, description="whether sequence_start of the Open Inference Protocol begins a sequence that is live anew; false: 409 sequence_live"
     )
-    idle_s: Seconds = Field(600.0, gt=0, description="seconds without a message after which a session expires")
+    idle_s: Seconds = Field(600.0, gt=0, description="seconds without a message after which a session that no websocket streams expires")
+    age_s: Seconds | None = Field(None, gt=0, description="seconds after which a session expires however busy it is; default: never")
     body_bytes: int = Field(64 * 2**20, ge=1024, description="largest body of a request")
     message_bytes: int = Field(2**20, ge=1024, description="largest websocket message")
     connections: int = Field(2000, ge=1, description="most open websockets; beyond it 4429 too_many")

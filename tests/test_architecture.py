@@ -41,7 +41,7 @@ LAYERS = {
     "service": [
         ["errors", "metrics", "logs", "detector", "statistics", "shortcut", "roles"],
         ["settings", "options", "resampler", "compression", "client_values", "client_errors"],
-        ["progress"],
+        ["progress", "record"],
         ["engine", "batcher", "sessions", "protocol", "frames", "gate"],
         ["model_files", "bodies", "schemas", "tensors", "metadata", "client_ledger", "client_socket"],
         ["catalog", "runner"],

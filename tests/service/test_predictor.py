@@ -20,7 +20,10 @@ from service.errors import (
     Deadline,
     Diverged,
     Draining,
+    FingerprintMismatch,
     Gap,
+    LayoutUnknown,
+    ModelNotFound,
     NoEvents,
     NotFinite,
     ServiceError,
@@ -34,6 +37,7 @@ from service.frames import Payload
 from service.metrics import Metrics
 from service.options import Options
 from service.predictor import Predictor
+from service.record import Record
 from service.sessions import Session
 from service.settings import Settings
 from tests.toy_models import CHANNELS, EXPLOSIVE, GAPPY_GESTURES, GESTURES, example_frames, moving_frames
@@ -407,7 +411,33 @@ def test_the_later_connection_wins(catalog: Catalog) -> None:
     serve(catalog, scenario)
 
 
-def test_idle_sessions_expire_and_their_owner_is_told(catalog: Catalog) -> None:
+def test_idle_sessions_expire_but_a_connection_keeps_its_own_alive(catalog: Catalog) -> None:
+    async def scenario(predictor: Predictor) -> None:
+        idle, streamed, touched = (predictor.open("channels", None, ALL) for _ in range(3))
+        owner = Owner()
+        predictor.attach(streamed, owner)
+        assert predictor.sessions.expires_in_s(streamed) is None
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            predictor.touch(touched)
+            if idle.ended:
+                break
+        assert (idle.ended, streamed.ended, touched.ended) == ("expired", None, None)
+        predictor.detach(streamed, owner)  # from now on it is idle
+        assert 0 < (predictor.sessions.expires_in_s(streamed) or 0) <= 0.4
+        await asyncio.sleep(0.05)
+        assert streamed.ended is None
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            predictor.touch(touched)
+            if streamed.ended:
+                break
+        assert (streamed.ended, touched.ended, owner.stopped) == ("expired", None, None)
+
+    serve(catalog, scenario, idle_s=0.4)
+
+
+def test_old_sessions_expire_and_their_owner_is_told(catalog: Catalog) -> None:
     async def scenario(predictor: Predictor) -> None:
         session, owner = predictor.open("channels", None, ALL), Owner()
         predictor.attach(session, owner)
@@ -415,13 +445,13 @@ def test_idle_sessions_expire_and_their_owner_is_told(catalog: Catalog) -> None:
             await asyncio.sleep(0.02)
             if session.ended:
                 break
-        assert session.ended == "expired"
+        assert session.ended == "aged"
         assert isinstance(owner.stopped, SessionExpired)
         with pytest.raises(SessionExpired):
             await predictor.advance(session, 0, 1, raw(CLIP[:1]), ALL)
-        assert 'indrnn_sessions_ended_total{cause="expired",model="channels",version="10"} 1.0' in predictor.metrics.text().decode()
+        assert 'indrnn_sessions_ended_total{cause="aged",model="channels",version="10"} 1.0' in predictor.metrics.text().decode()
 
-    serve(catalog, scenario, idle_s=0.05)
+    serve(catalog, scenario, age_s=0.05)
 
 
 def test_sessions_are_capped_and_closed(catalog: Catalog) -> None:
@@ -461,5 +491,134 @@ def test_warnings_about_endless_streams(catalog: Catalog) -> None:
         fading = dataclasses.replace(runner.manifest.stream, accuracy_last=0.5)
         runner.manifest = dataclasses.replace(runner.manifest, stream=fading)
         assert "declines from 90.0% to 50.0%" in predictor.opened(predictor.open("channels", None, ALL))["warning"]
+
+    serve(catalog, scenario)
+
+
+# Put away and taken up again
+
+
+async def fed(predictor: Predictor, session: Session, frames: np.ndarray, t: list[float] | None, first: int, size: int) -> tuple[bytes, list[Any]]:
+    """The scores' bits and the events of frames from `first` on, in messages of `size`."""
+    bits, events = b"", []
+    for at in range(first, len(frames), size):
+        payload = raw(frames[at : at + size])
+        payload.t = None if t is None else t[at : min(at + size, len(frames))]
+        answer = await predictor.advance(session, at, None, payload, session.options)
+        bits += answer.scores.tobytes()
+        events += answer.events
+    return bits, events
+
+
+GESTURED = moving_frames(GESTURES, 120, seed=4)
+HOLES = moving_frames(GAPPY_GESTURES, 120, seed=1)
+HOLES[5:100:9, 2] = np.nan
+UNEVEN = np.cumsum(np.random.default_rng(1).choice([0.02, 0.05, 0.3, 3.0], 120, p=[0.5, 0.3, 0.15, 0.05])).tolist()
+STREAMS = [
+    ("channels", CLIP[:120], None, None),
+    ("channels", CLIP[:120], 12.0, None),
+    ("gestures", GESTURED, None, None),
+    ("gappy-gestures", HOLES, 60.0, None),
+    ("gappy-gestures", HOLES, None, UNEVEN),
+]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(STREAMS), st.integers(0, 120), st.integers(1, 40), st.booleans(), st.integers(0, 120))
+def test_a_stream_taken_up_elsewhere_goes_on_with_the_same_bits(catalog: Catalog, stream: Any, cut: int, size: int, reset: bool, ack: int) -> None:
+    """Cut at any frame; through bytes into a service that is new. Scores, events, numbers and kept answers are those of the stream left in peace."""
+    model, frames, fps, t = stream
+    options = Options(scores="all", fps=fps, top_k=3)
+
+    async def before(predictor: Predictor) -> Any:
+        session = predictor.open(model, None, options)
+        await fed(predictor, session, frames[:cut], t, 0, size)
+        if reset:
+            await predictor.reset(session, cut)
+        predictor.acknowledge(session, min(ack, cut))
+        record = (await predictor.snapshot(session)).to_bytes()
+        kept = predictor.kept(session, session.options)
+        return record, kept and (kept.first, kept.to_json()), session.facts(), await fed(predictor, session, frames, t, cut, size)
+
+    data, kept, facts, expected = serve(catalog, before)
+
+    async def after(predictor: Predictor) -> None:
+        session = predictor.restore(model, None, Record.from_bytes(data))
+        again = predictor.kept(session, session.options)
+        assert (again and (again.first, again.to_json())) == kept
+        changing = {"digest", "idle_s", "epoch"}
+        assert {name: value for name, value in session.facts().items() if name not in changing} == {k: v for k, v in facts.items() if k not in changing}
+        assert await fed(predictor, session, frames, t, cut, size) == expected
+        if reset and cut < len(frames):
+            with pytest.raises(Gap):  # it knows where it began anew, and that frames came after it
+                await predictor.reset(session, cut)
+
+    serve(catalog, after)
+
+
+def test_restored_twice_they_go_separate_ways_and_disturb_nobody(catalog: Catalog) -> None:
+    async def scenario(predictor: Predictor) -> None:
+        expected = await whole(predictor)
+        session, neighbour = predictor.open("channels", None, ALL), predictor.open("channels", None, ALL)
+        await predictor.advance(session, 0, 50, raw(CLIP[:50]), ALL)
+        running = asyncio.create_task(predictor.advance(neighbour, 0, 150, raw(CLIP), ALL))
+        record = await predictor.snapshot(session)
+        twins = [predictor.restore("channels", None, record) for _ in range(2)]
+        assert len({session.id, *(twin.id for twin in twins)}) == 3
+        assert len({session.row, neighbour.row, *(twin.row for twin in twins)}) == 4
+        await predictor.advance(twins[0], 50, 40, raw(-CLIP[50:90]), ALL)
+        for one in (session, twins[1]):
+            assert (await predictor.advance(one, 50, 100, raw(CLIP[50:]), ALL)).scores.tobytes() == expected[50:].tobytes()
+        assert (await running).scores.tobytes() == expected.tobytes()
+        await predictor.close(session, "closed")
+        assert (twins[1].epoch, twins[1].ended, twins[1].next_frame) == (1, None, 150)
+
+    serve(catalog, scenario)
+
+
+def test_a_snapshot_is_taken_between_two_messages(catalog: Catalog) -> None:
+    async def scenario(predictor: Predictor) -> None:
+        session = predictor.open("channels", None, ALL)
+        advancing = [asyncio.create_task(predictor.advance(session, at, 50, raw(CLIP[at : at + 50]), ALL)) for at in (0, 50, 100)]
+        await asyncio.sleep(0)
+        record = await predictor.snapshot(session)
+        await asyncio.gather(*advancing)
+        assert record.next_frame == 150
+        other = predictor.open("channels", None, ALL)
+        await predictor.advance(other, 0, 150, raw(CLIP), ALL)
+        assert (await predictor.snapshot(other)).row.tobytes() == record.row.tobytes()
+
+    serve(catalog, scenario)
+
+
+def test_a_refused_record_takes_nothing(catalog: Catalog) -> None:
+    async def scenario(predictor: Predictor) -> None:
+        session = predictor.open("gestures", None, ALL)
+        await predictor.advance(session, 0, 20, raw(GESTURED[:20]), ALL)
+        record = await predictor.snapshot(session)
+        runner = predictor.runner("gestures")
+        row = record.row.copy()
+        row[0] = np.nan
+        for changed, model, error in [
+            (record, "channels", FingerprintMismatch),
+            (record, "nobody", ModelNotFound),
+            (dataclasses.replace(record, row=row), "gestures", NotFinite),
+            (dataclasses.replace(record, options=dataclasses.replace(record.options, layout="coco-17")), "gestures", LayoutUnknown),
+            (record, "gestures", TooMany),
+        ]:
+            with pytest.raises(error):
+                predictor.restore(model, None, changed)
+            assert (len(predictor.sessions), runner.rows.taken) == (1, 1)
+
+    serve(catalog, scenario, sessions=1)
+
+
+def test_the_version_of_the_fingerprint_is_found(catalog: Catalog) -> None:
+    async def scenario(predictor: Predictor) -> None:
+        session = predictor.open("channels", "9", ALL)
+        record = await predictor.snapshot(session)
+        assert predictor.restore("channels", None, record).version == "9"
+        assert predictor.restore("channels", "1", record).version == "1"  # the same network
+        assert predictor.restore("channels", None, dataclasses.replace(record, version="77", model="renamed")).version == "10"
 
     serve(catalog, scenario)

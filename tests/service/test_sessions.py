@@ -144,6 +144,27 @@ def test_expired_sessions_are_remembered() -> None:
     assert sessions.find(fresh.id) is fresh
 
 
+def test_old_sessions_expire_under_a_cause_of_their_own() -> None:
+    ended: list[Cause] = []
+    sessions = Sessions(10, 60, lambda one, cause: ended.append(cause), age_s=100)
+    old, idle, fresh = session(), session(), session()
+    for one in (old, idle, fresh):
+        sessions.add(one)
+    old.began -= 101  # used just now
+    idle.began -= 61
+    idle.used -= 61
+    assert sessions.expires_in_s(old) == sessions.expires_in_s(idle) == 0
+    assert sessions.expires_in_s(fresh) == pytest.approx(60, abs=5)
+    fresh.began -= 70
+    assert sessions.expires_in_s(fresh) == pytest.approx(30, abs=5)
+    assert sessions.expire() == [old, idle]
+    assert ended == ["aged", "expired"]
+    with pytest.raises(SessionExpired, match="at the age of 100 s"):
+        sessions.find(old.id)
+    with pytest.raises(SessionExpired, match="after 60 s without a message"):
+        sessions.find(idle.id)
+
+
 def test_ids_are_secrets_and_digests_are_not() -> None:
     ids = {session().id for _ in range(100)}
     assert len(ids) == 100
