@@ -206,3 +206,40 @@ def test_rules_that_make_no_sense_are_refused(changes: dict[str, Any], field: st
 def test_needs_numpy_alone() -> None:
     program = "import sys, model.events; sys.exit(any(m in sys.modules for m in ('torch', 'onnx', 'numba', 'onnxruntime')))"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2], timeout=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 4), st.integers(1, 3), st.sampled_from([None, "nothing"]), st.sampled_from([0.2, 0.5, 0.9]))
+def test_every_state_that_rows_leave_is_admitted(seed: int, count: int, least: int, gap: int, nothing: str | None, keep: float) -> None:
+    """Rows that keep a score for a while, now and then several of one frame; a reset is somewhere in between."""
+    random = np.random.default_rng(seed)
+    rules = EventRules(nothing=nothing, enter=0.5, leave=0.3, least=least, gap=gap)
+    state, frame = EventState(), 0
+    scores = random.dirichlet(np.full(3, 0.3)).astype(np.float32)
+    for _ in range(count):
+        if random.random() > keep:
+            scores = random.dirichlet(np.full(3, 0.3)).astype(np.float32)
+        state, _ = advance(rules, CLASSES, state, scores[None], np.array([frame]))
+        state.check(CLASSES, frame + 1)
+        frame += int(random.random() < 0.7)
+        if random.random() < 0.05:
+            state, _ = close(rules, CLASSES, state, frame + 1)
+            state.check(CLASSES, frame + 1)
+            frame += 1
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        EventState(label="clap", rows=3, total=2.0), EventState(label="wave"), EventState(rows=3, total=2.0),
+        EventState(label="wave", rows=3, total=float("nan")),
+        EventState(label="wave", rows=3, start=10), EventState(label="wave", rows=3, start=-1), EventState(gone=1), EventState(label="wave", rows=3, gone=1),
+        EventState(label="wave", rows=3, gone=1, gone_rows=4), EventState(candidate="wave"), EventState(run=1), EventState(candidate="clap", run=1),
+        EventState(label="wave", rows=3, candidate="point", run=1), EventState(label="wave", rows=3, candidate="wave", run=1, run_rows=2),
+        EventState(run_sum=float("inf")), EventState(ended=10),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_states_that_no_rows_leave_are_refused(state: EventState) -> None:
+    with pytest.raises(ValueError):
+        state.check(CLASSES, 9)
