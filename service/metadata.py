@@ -11,7 +11,17 @@ from service.settings import Settings
 INPUTS = {FRAMES: "FP32", LENGTHS: "INT64"}  # what a request may send; the state is nobody's business, and `lengths` need not be known of
 OUTPUTS = (SCORES,)
 
-_EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters", "sequence", "sequence(string_id)", "statistics")
+_EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "parameters",
+    "sequence",
+    "sequence(string_id)",
+    "statistics",
+)
 _PLATFORM, _BACKEND = "onnxruntime_onnx", "onnxruntime"  # as tools that read this know it
 
 

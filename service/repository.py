@@ -116,7 +116,7 @@ class Repository:
         Raises `ModelNotFound` where there is no such folder, `ModelRefused` for a file that cannot be served: what was served before still is.
         """
         async with self._changing:
-            look = await asyncio.to_thread(self.catalog.files.look)
+            look = await self._look()
             places = {key: place for key, place in look.of(name).items() if version in (None, key[1])}
             if not places:
                 wanted = f"model {name!r:.140}" if version is None else f"version {version!r:.140} of model {name!r:.140}"
@@ -149,6 +149,12 @@ class Repository:
             for one in versions:
                 self._unload((name, one))
             return versions
+
+    async def _look(self) -> Look:
+        try:
+            return await asyncio.to_thread(self.catalog.files.look)
+        except StartupError as error:
+            raise ModelRefused(str(error)) from None
 
     async def _load(self, key: Key, place: Place) -> Failure | None:
         self._loading.add(key)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import shutil
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from model.contract import MODEL_FILE
 from service.catalog import Catalog
@@ -202,6 +204,31 @@ def test_what_is_not_there(folder: Path) -> None:
         assert await scores_of(predictor)
 
     serve(folder, scenario)
+
+
+def test_a_directory_that_cannot_be_read_refuses_and_the_watcher_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing, looks = Path.iterdir, 0
+
+    def refusing(path: Path) -> Iterator[Path]:
+        nonlocal looks
+        if path == folder:
+            looks += 1
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    async def scenario(predictor: Predictor) -> None:
+        monkeypatch.setattr(Path, "iterdir", refusing)
+        with pytest.raises(ModelRefused, match="cannot be read: Permission denied"):
+            await predictor.models.load("toy")
+        with capture_logs() as lines:
+            await until(lambda: looks > 5)
+        assert [line["event"] for line in lines if line["log_level"] == "error"] == ["the models' folders cannot be watched"]
+        assert await scores_of(predictor)
+        monkeypatch.undo()
+        toy_models.write_toy(folder, "new", OTHER)
+        await until(lambda: predictor.catalog.serves("new"))
+
+    serve(folder, scenario, watch_s=0.03)
 
 
 def test_while_a_model_is_loaded_others_are_served_and_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
