@@ -196,7 +196,7 @@ class Connection:
         self.many = self.many or message.named
         if len(self._open) + self._ending.total() >= self._most_tracks:
             self._refused.add(track)
-            return Refused(track, TooMany(f"{self._most_tracks} tracks are open on this connection, no more are allowed: open another connection"))
+            return Refused(track, TooMany(f"{self._most_tracks} tracks of this connection are not `closed` yet, which is the most: wait or open another"))
         self._refused.discard(track)
         self._open[track] = Credit(self._window)
         return message

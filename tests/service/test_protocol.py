@@ -98,10 +98,10 @@ def test_tracks_are_capped_and_those_that_are_ending_count() -> None:
     connection = Connection(64, most_tracks=2)
     for track in (1, 2):
         connection.receive(text(type="open", track=track))
-    refused(connection.receive(text(type="open", track=3)), 3, TooMany, "open another connection")
+    refused(connection.receive(text(type="open", track=3)), 3, TooMany, "not `closed` yet, which is the most: wait or open another")
     credit = connection.credit(1)
     connection.receive(text(type="close", track=1))
-    refused(connection.receive(text(type="open", track=3)), 3, TooMany, "open another connection")
+    refused(connection.receive(text(type="open", track=3)), 3, TooMany, "not `closed` yet, which is the most: wait or open another")
     connection.ended(1, credit, refused=False)
     assert connection.receive(text(type="open", track=3)) == Open({}, track=3, named=True)
 
