@@ -21,6 +21,7 @@ from structlog.testing import capture_logs
 
 from model.contract import MODEL_FILE
 from service.catalog import Catalog
+from service.client import Client
 from service.errors import ModelLoading, ModelNotFound, ModelNotReady, ModelRefused, SessionNotFound
 from service.frames import Payload
 from service.metrics import Metrics
@@ -518,6 +519,27 @@ def test_over_the_api(start: Callable[..., Any], folder: Path) -> None:
             assert http.post("/v1/models/toy/load", json={"versoin": "1"}).status_code == 400
             index = http.post("/v2/repository/index").json()
             assert {one["version"]: one["state"] for one in index if one["name"] == "toy"} == {"1": "UNLOADING", "2": "READY"}
+
+
+def test_a_websocket_finishes_on_its_file_while_the_next_takes_another(start: Callable[..., Any], folder: Path) -> None:
+    with start("--models", str(folder), INDRNN_WATCH_S="0.1") as server, Client(server.url) as client:
+        alone = client.predict("toy", CLIP, scores="all").scores
+        with client.stream("toy") as stream:
+            heard = [answer.scores for answer in stream.play(CLIP[:10])]
+            toy_models.write_toy(folder, "toy", OTHER, version="2")
+            within = time.monotonic() + 20
+            while client.model("toy").version != "2":
+                assert time.monotonic() < within
+                time.sleep(0.05)
+            shutil.rmtree(folder / "toy" / "1")
+            while client.model("toy").info["versions"] != ["2"]:
+                assert time.monotonic() < within
+                time.sleep(0.05)
+            heard += [answer.scores for answer in stream.play(CLIP[10:])]
+            with client.stream("toy") as fresh:
+                other = [answer.scores for answer in fresh.play(CLIP)]
+        np.testing.assert_array_equal(heard, alone)
+        assert not np.array_equal(other, alone)
 
 
 def test_a_stream_goes_on_while_a_large_model_is_loaded(start: Callable[..., Any], folder: Path) -> None:
