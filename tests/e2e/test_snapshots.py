@@ -168,8 +168,9 @@ def _touch_to_the_end(client: Client, session: str) -> None:
         time.sleep(0.2)
 
 
-def test_touching_keeps_a_session_alive_until_its_age(models: Path, tmp_path: Path) -> None:
+def test_touching_keeps_a_session_alive_until_its_age_and_so_does_a_websocket(models: Path, tmp_path: Path) -> None:
     with running(models, tmp_path / "log", "--idle-s", "1", INDRNN_AGE_S="4") as server, Client(server.url) as client:
+        silent = client.stream("channels").open()  # a websocket on which nothing is said
         touched, left = (client.open_session("channels")["session"] for _ in range(2))
         began = time.monotonic()
         while time.monotonic() < began + 3.4:  # far longer than it may be idle
@@ -177,6 +178,8 @@ def test_touching_keeps_a_session_alive_until_its_age(models: Path, tmp_path: Pa
             assert left_s is not None
             assert left_s <= 1
             time.sleep(0.2)
+        assert [answer.frame for answer in silent.play(np.zeros((2, 3), np.float32))] == [0, 1]
+        silent.close()
         with pytest.raises(SessionExpired, match="at the age of 4 s"):
             _touch_to_the_end(client, touched)
         assert time.monotonic() - began > 3.5
@@ -184,7 +187,7 @@ def test_touching_keeps_a_session_alive_until_its_age(models: Path, tmp_path: Pa
             client.session(left)
         with httpx.Client(base_url=server.url) as http:
             ended = [line for line in http.get("/metrics").text.splitlines() if line.startswith("indrnn_sessions_ended_total{")]
-        assert sorted(line.split('cause="')[1].split('"')[0] for line in ended) == ["aged", "expired"]
+        assert sorted(line.split('cause="')[1].split('"')[0] for line in ended) == ["aged", "closed", "expired"]
         assert all(line.endswith(" 1.0") for line in ended)
 
 
