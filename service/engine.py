@@ -51,7 +51,7 @@ class Engine:
     """One loaded model. `run_batch` may be called from one thread at a time and keeps nothing between calls."""
 
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest, device: Device) -> None:
-        self._run = session.run
+        self._run: Callable[..., Any] = session.run
         self.manifest = manifest
         self.device = device
 
@@ -89,6 +89,13 @@ class Engine:
         scores, next_state = self._run(OUTPUTS, {FRAMES: frames, LENGTHS: lengths, STATE: state})
         return scores, next_state
 
+    def close(self) -> None:
+        """Frees the model's memory and gives it back to the system; takes a while where it is large. It must not be run any more."""
+        self._run = _closed
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # glibc keeps what was freed, for each thread that ever loaded a model
+            trim(0)
+
     def _self_test(self) -> None:
         """Runs the manifest's frames from the zero state; a file that gives other scores than it promises is not served."""
         test, manifest = self.manifest.self_test, self.manifest
@@ -101,6 +108,10 @@ class Engine:
         if not off <= test.tolerance:
             frame = int(np.abs(scores[0] - expected).max(axis=1).argmax())
             raise EngineError(f"self-test: scores differ from the manifest's by {off:.3g} at frame {frame}, allowed {test.tolerance:.3g}")
+
+
+def _closed(*_: object) -> Any:
+    raise EngineError("the model was unloaded")
 
 
 def default_threads() -> int:

@@ -200,6 +200,7 @@ class Repository:
         await _unneeded(runner, self._settings.deadline_s)  # clips that are under way
         del self._retiring[runner]
         await runner.stop()
+        await asyncio.to_thread(runner.engine.close)
         key = runner.name, runner.version
         if key not in self._runners and all((other.name, other.version) != key for other in self._retiring):
             self._metrics.forget_version(*key)
