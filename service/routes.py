@@ -291,7 +291,7 @@ def _models(predictor: Predictor) -> dict[str, Any]:
             "fps": value["manifest"]["fps"],
             "classes": len(value["manifest"]["classes"]),
             "device": value["device"],
-            "memory": value["memory"],
+            "memory": {version: predictor.describe(value["name"], version)["memory"] for version in value["versions"]},
         }
         for value in described
     ]

@@ -510,6 +510,8 @@ def test_over_the_api(start: Callable[..., Any], folder: Path) -> None:
             for path in ("/v1/models", "/health/ready"):
                 assert "self-test" in next(one for one in http.get(path).json()["failed"] if one["name"] == "toy")["reason"]
             assert "self-test" in server.errors()
+            memory = next(one["memory"] for one in http.get("/v1/models").json()["models"] if one["name"] == "toy")
+            assert {version: figures["state_bytes"] > 0 for version, figures in memory.items()} == {"1": True, "2": False}
             assert http.post("/v1/models/toy/unload", json={"version": "1"}).json() == {"name": "toy", "unloaded": ["1"]}
             sent = http.post(f"/v1/sessions/{session}/frames", json={"first": 0, "frames": CLIP[:2].tolist()})
             assert (sent.status_code, sent.json()["count"]) == (200, 2)
