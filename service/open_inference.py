@@ -14,18 +14,17 @@ from fastapi.routing import APIRoute
 
 from model.contract import FRAMES
 from service import clips
+from service.app_state import gate_of, predictor_of, settings_of
 from service.bodies import read_body
 from service.compression import ENCODINGS, deflate, inflate
 from service.errors import Draining, Forbidden, Malformed, ModelNotFound, ModelNotReady, NotSupported
 from service.frames import Payload
-from service.gate import Gate
 from service.metadata import INPUTS, OUTPUTS, model_config, model_metadata, server_metadata
 from service.predictor import Predictor
 from service.protocol import encode, read_object
 from service.runner import Runner
 from service.schemas import refusals
 from service.sequences import Sequences
-from service.settings import Settings
 from service.tensors import InferRequest, read_request, write_response
 
 router = APIRouter(tags=["open inference"])
@@ -86,20 +85,20 @@ async def live(request: Request) -> Response:
 @router.get("/v2/health/ready", summary="Whether work is accepted", responses=refusals(503))
 async def ready(request: Request) -> Response:
     """As `/health/ready`: a model that could not be loaded does not stop the others; the repository index names it."""
-    _check_open(_predictor(request))
+    _check_open(predictor_of(request))
     return _json({"ready": True})
 
 
 @router.get("/v2/models/stats", summary="Statistics of all models")
 async def all_statistics(request: Request) -> Response:
-    predictor = _predictor(request)
+    predictor = predictor_of(request)
     return _json({"model_stats": [_statistics(predictor.runner(entry.name, entry.version)) for entry in predictor.catalog]})
 
 
 @_of_model("GET", "/stats", "Statistics of a model")
 async def statistics(request: Request) -> Response:
     """Counts and times since the model was loaded, of all its work, whatever protocol it came by; without a version, of each version."""
-    predictor, runner = _predictor(request), _runner(request)
+    predictor, runner = predictor_of(request), _runner(request)
     versions = [runner.version] if "version" in request.path_params else predictor.catalog.versions(runner.name)
     return _json({"model_stats": [_statistics(predictor.runner(runner.name, version)) for version in versions]})
 
@@ -107,20 +106,20 @@ async def statistics(request: Request) -> Response:
 @_of_model("GET", "/ready", "Whether a model takes requests")
 async def model_ready(request: Request) -> Response:
     runner = _runner(request)
-    _check_open(_predictor(request))
+    _check_open(predictor_of(request))
     return _json({"name": runner.name, "ready": True})
 
 
 @_of_model("GET", "/config", "A model's configuration")
 async def config(request: Request) -> Response:
     runner = _runner(request)
-    return _json(model_config(runner.name, runner.manifest, _settings(request)))
+    return _json(model_config(runner.name, runner.manifest, settings_of(request)))
 
 
 @_of_model("GET", "", "A model's inputs and outputs")
 async def metadata(request: Request) -> Response:
     """`lengths` (INT64, one for each clip) may be sent beside the input that is listed: how many frames of each are real."""
-    predictor, runner = _predictor(request), _runner(request)
+    predictor, runner = predictor_of(request), _runner(request)
     versions = [runner.version] if "version" in request.path_params else predictor.catalog.versions(runner.name)
     return _json(model_metadata(runner.name, versions, runner.manifest))
 
@@ -134,7 +133,7 @@ async def infer(request: Request) -> Response:
 
     `sequence_step` is the number of the first frame, from 0: frames that were taken already are not run again, their kept answers are sent.
     """
-    if not _predictor(request).models.at_work(request.path_params["name"]):
+    if not predictor_of(request).models.at_work(request.path_params["name"]):
         _runner(request)  # raises: an unknown model is said before a long body is read
     asked, size = await _read(request)
     frames = clips.read(asked)
@@ -142,11 +141,11 @@ async def infer(request: Request) -> Response:
     if asked.step is None:
         runner = _runner(request)
         version, parameters = runner.version, {}
-        answers = await clips.run(_predictor(request), runner, frames, size, asked.wait_s)
+        answers = await clips.run(predictor_of(request), runner, frames, size, asked.wait_s)
     else:
         if len(frames) != 1:
             raise Malformed(f"a sequence has batch size 1, got {len(frames)}")
-        _gate(request).check_origin(request.headers)  # the id may be guessed, by any page that the user has open
+        gate_of(request).check_origin(request.headers)  # the id may be guessed, by any page that the user has open
         payload = Payload("array", frames[0], size)
         sequences: Sequences = request.app.state.sequences
         session, answer = await sequences.step(name, request.path_params.get("version"), asked.step, payload, len(frames[0]), asked.wait_s)
@@ -159,7 +158,7 @@ async def infer(request: Request) -> Response:
 
 async def _read(request: Request) -> tuple[InferRequest, int]:
     """The request, and how many bytes it had."""
-    limit = _settings(request).body_bytes
+    limit = settings_of(request).body_bytes
     encoding, length = request.headers.get("content-encoding", ""), request.headers.get(_LENGTH)
     body = await read_body(request, limit)
 
@@ -189,7 +188,7 @@ async def index(request: Request) -> Response:
     only_ready = fields.get("ready", False)
     if not isinstance(only_ready, bool):
         raise Malformed(f"ready must be true or false, got {only_ready!r:.60}")
-    predictor = _predictor(request)
+    predictor = predictor_of(request)
     listed = predictor.models.states()
     if predictor.draining:
         listed = [one | {"state": "UNAVAILABLE", "reason": "the service is shutting down"} if one["state"] == "READY" else one for one in listed]
@@ -204,7 +203,7 @@ async def load(request: Request, name: str) -> Response:
         raise Forbidden("model files are not taken over the network: put them into the models directory")
     if "config" in parameters:
         raise Malformed("a configuration is not taken: everything about a model is in its file")
-    await _predictor(request).models.load(name)
+    await predictor_of(request).models.load(name)
     return Response()
 
 
@@ -212,7 +211,7 @@ async def load(request: Request, name: str) -> Response:
 async def unload(request: Request, name: str) -> Response:
     """Takes all versions from service at once; sequences that are live finish meanwhile."""
     await _read_management(request)
-    await _predictor(request).models.unload(name)
+    await predictor_of(request).models.unload(name)
     return Response()
 
 
@@ -235,13 +234,13 @@ HOT = [route for route in router.routes if isinstance(route, APIRoute) and route
 
 async def _read_fields(request: Request) -> dict[str, Any]:
     """A small JSON object; an empty body is `{}`."""
-    body = await read_body(request, _settings(request).body_bytes)
+    body = await read_body(request, settings_of(request).body_bytes)
     return read_object(body) if body.strip() else {}
 
 
 async def _read_management(request: Request) -> dict[str, Any]:
     """The parameters of a call that needs the management token."""
-    _gate(request).check_management(request.headers)
+    gate_of(request).check_management(request.headers)
     parameters = (await _read_fields(request)).get("parameters", {})
     if not isinstance(parameters, dict):
         raise Malformed(f"parameters must be an object, got {parameters!r:.60}")
@@ -254,7 +253,7 @@ def _statistics(runner: Runner) -> dict[str, Any]:
 
 def _runner(request: Request) -> Runner:
     """The model that the path names. Raises `ModelNotFound`, or `ModelNotReady` where its file is there but cannot be served."""
-    predictor, name, version = _predictor(request), request.path_params["name"], request.path_params.get("version")
+    predictor, name, version = predictor_of(request), request.path_params["name"], request.path_params.get("version")
     try:
         return predictor.runner(name, version)
     except ModelNotFound as error:
@@ -271,18 +270,3 @@ def _check_open(predictor: Predictor) -> None:
 
 def _json(value: Any) -> Response:
     return Response(encode(value), media_type="application/json")
-
-
-def _predictor(request: Request) -> Predictor:
-    predictor: Predictor = request.app.state.predictor
-    return predictor
-
-
-def _gate(request: Request) -> Gate:
-    gate: Gate = request.app.state.gate
-    return gate
-
-
-def _settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings

@@ -16,14 +16,12 @@ from service.catalog import Catalog
 from service.detector import TimedEvent
 from service.errors import (
     AnswersForgotten,
-    Deadline,
     Draining,
     FingerprintMismatch,
     LayoutUnknown,
     Malformed,
     ModelNotFound,
     NoEvents,
-    Overloaded,
     ServiceError,
     TakenOver,
 )
@@ -38,12 +36,12 @@ from service.resampler import Floats, Times, read_times
 from service.runner import Runner
 from service.sessions import Cause, Owner, Rows, Session, Sessions
 from service.settings import Settings
+from service.turn import Turn
 
 log = structlog.get_logger("predictor")
 
 _LARGE = 2**20  # bytes; payloads above are read in a thread, so that the event loop goes on
 _MANY = 2**16  # bytes; resampling more, which may give many times as many, is left to a thread for the same reason
-_MOST_QUEUED = 64  # messages of one session that wait for their turn
 LEAST_FPS, MOST_FPS = 0.001, 1000.0  # of clients whose rate is not the model's; with less, the times of frames outgrow all numbers
 
 
@@ -183,10 +181,10 @@ class Predictor:
         """Until when a message that came now may wait, on time.monotonic's clock."""
         return time.monotonic() + (self._settings.deadline_s if wait_s is None else min(wait_s, self._settings.deadline_s))
 
-    def turn(self, session: Session, deadline: float, owner: Owner | None = None) -> _Turn:
+    def turn(self, session: Session, deadline: float, owner: Owner | None = None) -> Turn:
         """`async with` it: what others want of the session waits. Raises `SessionNotFound`, `TakenOver`, `Deadline`, `Overloaded` or `Draining`."""
         self._check_open()
-        return _Turn(self.sessions, session, deadline, owner)
+        return Turn(self.sessions, session, deadline, owner)
 
     async def take(self, session: Session, first: int, count: int | None, payload: Payload, options: Options, deadline: float) -> Answer:
         """As `advance`, for a caller that has the session's turn."""
@@ -429,54 +427,6 @@ class Predictor:
             self.sessions.check_live(session)
         except ServiceError as error:
             session.owner.stop(error)
-
-
-class _Turn:
-    """Waits for the session's turn and checks that there is still something to do in it. A class, because each message passes here:
-    `contextlib.asynccontextmanager` takes three times as long."""
-
-    __slots__ = ("_deadline", "_owner", "_session", "_sessions")
-
-    def __init__(self, sessions: Sessions, session: Session, deadline: float, owner: Owner | None) -> None:
-        self._sessions = sessions
-        self._session = session
-        self._deadline = deadline
-        self._owner = owner
-
-    async def __aenter__(self) -> None:
-        session = self._session
-        if session.queued >= _MOST_QUEUED:
-            raise Overloaded(f"{session.queued} messages of this session are waiting already")
-        session.queued += 1
-        try:
-            await session.turn.acquire()
-        except BaseException:
-            session.queued -= 1
-            raise
-        try:
-            self._check()
-        except ServiceError:
-            self._release()
-            raise
-
-    def _check(self) -> None:
-        session = self._session
-        self._sessions.check_live(session)
-        if self._owner is not None and session.owner is not self._owner:
-            raise TakenOver("another connection has taken this session over", next_frame=session.next_frame)
-        now = time.monotonic()
-        if now > self._deadline:
-            raise Deadline("the message waited too long for earlier messages of its session")
-        session.used = now
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._session.used = time.monotonic()
-        self._release()
-
-    def _release(self) -> None:
-        self._session.turn.release()
-        self._session.queued -= 1
 
 
 def stream_warning(runner: Runner) -> str:

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
 from service import schemas
+from service.app_state import gate_of, predictor_of, settings_of
 from service.bodies import media_type, read_body, read_frames_body, read_json
 from service.errors import Draining, Malformed
-from service.gate import Gate
 from service.metrics import CONTENT_TYPE_LATEST
 from service.options import NAMES, Options, read_options
 from service.predictor import Predictor
@@ -19,7 +19,6 @@ from service.record import Record
 from service.schemas import frames_body, json_body, refusals
 from service.sequences import may_be_guessed
 from service.sessions import Cause, Session
-from service.settings import Settings
 
 router = APIRouter()
 _DEFAULTS = Options()
@@ -49,7 +48,7 @@ async def live() -> Response:
 @router.get("/health/ready", summary="Whether work is accepted", tags=["service"], responses=refusals(503))
 async def ready(request: Request) -> Response:
     """Facts about models are shown to those who have the token, where one is asked for."""
-    predictor = _predictor(request)
+    predictor = predictor_of(request)
     if predictor.draining:
         raise Draining("the service is shutting down", retry_after=5)
     return _json({"status": "ready", **(_models(predictor) if request.state.authorised else {})})
@@ -57,19 +56,19 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", summary="Figures for Prometheus", tags=["service"])
 async def metrics(request: Request) -> Response:
-    return Response(_predictor(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(predictor_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models", summary="All models", tags=["models"])
 async def models(request: Request) -> Response:
     """Served models with their default version, and those that could not be loaded with the reason."""
-    return _json(_models(_predictor(request)))
+    return _json(_models(predictor_of(request)))
 
 
 @router.get("/v1/models/{name}", summary="One model", tags=["models"], response_model=None, responses={200: {"model": schemas.ModelBody}, **refusals(404)})
 async def model(request: Request, name: str, version: str | None = None) -> Response:
     """Its manifest (frame shape, classes, data, measured accuracy), device, versions, and how busy it is."""
-    return _json(_predictor(request).describe(name, version))
+    return _json(predictor_of(request).describe(name, version))
 
 
 @router.post(
@@ -86,7 +85,7 @@ async def load(request: Request, name: str) -> Response:
     New sessions go to what was loaded, those that are live stay on what they began with. A file that is refused leaves what was served before.
     """
     version = await _managed_version(request)
-    return _json({"name": name, "loaded": await _predictor(request).models.load(name, version)})
+    return _json({"name": name, "loaded": await predictor_of(request).models.load(name, version)})
 
 
 @router.post(
@@ -100,7 +99,7 @@ async def load(request: Request, name: str) -> Response:
 async def unload(request: Request, name: str) -> Response:
     """Takes the model, or one `version` of it, from service at once; its sessions finish meanwhile. Its files stay."""
     version = await _managed_version(request)
-    return _json({"name": name, "unloaded": await _predictor(request).models.unload(name, version)})
+    return _json({"name": name, "unloaded": await predictor_of(request).models.unload(name, version)})
 
 
 @router.post(
@@ -113,9 +112,9 @@ async def unload(request: Request, name: str) -> Response:
 )
 async def predict(request: Request, name: str, query: Annotated[schemas.StreamQuery, Query()]) -> Response:
     """Runs all frames from the zero state. Nothing is kept: for streams, open a session."""
-    predictor = _predictor(request)
+    predictor = predictor_of(request)
     predictor.runner(name, query.version)  # an unknown model is said before a long body is read
-    payload, fields = await read_frames_body(request, _settings(request).body_bytes, (), ("t",))
+    payload, fields = await read_frames_body(request, settings_of(request).body_bytes, (), ("t",))
     payload.t = fields.get("t")
     return _answer(await predictor.predict(name, query.version, payload, _options(query, _DEFAULTS)))
 
@@ -134,7 +133,7 @@ async def open_session(request: Request, name: str, query: Annotated[schemas.Str
 
     With a session record as the body (`application/octet-stream`; management) the new session goes on where that of the record was, with the same bits.
     """
-    predictor = _predictor(request)
+    predictor = predictor_of(request)
     if media_type(request) == "application/octet-stream":
         return await _restore(request, name, query)
     options, version = _options(query, _DEFAULTS), query.version
@@ -146,12 +145,12 @@ async def open_session(request: Request, name: str, query: Annotated[schemas.Str
 
 
 async def _restore(request: Request, name: str, query: schemas.StreamQuery) -> Response:
-    _gate(request).check_management(request.headers)
+    gate_of(request).check_management(request.headers)
     if query.model_dump(exclude={"version"}, exclude_none=True):
         raise Malformed("a session record has its own options: only version may be given with it")
-    predictor = _predictor(request)
+    predictor = predictor_of(request)
     predictor.runner(name, query.version)  # an unknown model is said before a long body is read
-    record = Record.from_bytes(await read_body(request, _settings(request).body_bytes))
+    record = Record.from_bytes(await read_body(request, settings_of(request).body_bytes))
     return _opened(predictor, predictor.restore(name, query.version, record))
 
 
@@ -165,8 +164,8 @@ async def _restore(request: Request, name: str, query: schemas.StreamQuery) -> R
 )
 async def step(request: Request, session_id: str, query: Annotated[schemas.StepQuery, Query()]) -> Response:
     """Safe to repeat: frames that were taken are not run again, their kept answers are sent. A message that fails changes nothing."""
-    predictor, session = _predictor(request), _session(request, session_id)
-    payload, fields = await read_frames_body(request, _settings(request).body_bytes, ("first",), ("ack", "t"))
+    predictor, session = predictor_of(request), _session(request, session_id)
+    payload, fields = await read_frames_body(request, settings_of(request).body_bytes, ("first",), ("ack", "t"))
     payload.t = fields.get("t")
     if not fields:
         if query.first is None:
@@ -191,7 +190,7 @@ async def step(request: Request, session_id: str, query: Annotated[schemas.StepQ
 )
 async def reset(request: Request, session_id: str) -> Response:
     """Forgets the past at the next frame; numbering goes on, an event that is open ends. Repeating it changes nothing and gives the same answer."""
-    predictor, session = _predictor(request), _session(request, session_id)
+    predictor, session = predictor_of(request), _session(request, session_id)
     fields = read_json(await read_body(request, 64 * 1024), ("at",))
     events = await predictor.reset(session, frame_number(fields["at"], "at"))
     value: dict[str, Any] = {"next_frame": session.next_frame, "reset_at": session.resets_at}
@@ -206,7 +205,7 @@ async def reset(request: Request, session_id: str) -> Response:
     responses={200: {"model": schemas.SessionBody}, **refusals(404)},
 )
 async def session_facts(request: Request, session_id: str) -> Response:
-    sessions = _predictor(request).sessions
+    sessions = predictor_of(request).sessions
     session = sessions.find(session_id)
     return _json({**session.facts(), "expires_in_s": sessions.expires_in_s(session)})
 
@@ -224,7 +223,7 @@ async def session_facts(request: Request, session_id: str) -> Response:
 )
 async def session_state(request: Request, session_id: str) -> Response:
     """The session's record, taken between two of its messages; the session goes on. It holds the session's id: keep it as secret."""
-    record = await _predictor(request).snapshot(_session(request, session_id))
+    record = await predictor_of(request).snapshot(_session(request, session_id))
     return Response(record.to_bytes(), media_type="application/octet-stream", headers={"cache-control": "no-store"})
 
 
@@ -237,7 +236,7 @@ async def session_state(request: Request, session_id: str) -> Response:
 )
 async def touch(request: Request, session_id: str) -> Response:
     """As a message would, without one. A websocket keeps its sessions alive by itself."""
-    predictor, session = _predictor(request), _session(request, session_id)
+    predictor, session = predictor_of(request), _session(request, session_id)
     predictor.touch(session)
     return _json({"next_frame": session.next_frame, "expires_in_s": predictor.sessions.expires_in_s(session)})
 
@@ -251,7 +250,7 @@ async def touch(request: Request, session_id: str) -> Response:
 )
 async def close_session(request: Request, session_id: str) -> Response:
     """Takes effect after the message under way. A manager closes other people's sessions by their digest."""
-    predictor, gate = _predictor(request), _gate(request)
+    predictor, gate = predictor_of(request), gate_of(request)
     by_digest = [session for session in predictor.sessions if session.digest == session_id] if gate.is_manager(request.headers) else []
     session = by_digest[0] if by_digest else predictor.sessions.find(session_id)
     cause: Cause = "deleted" if by_digest else "closed"
@@ -262,15 +261,15 @@ async def close_session(request: Request, session_id: str) -> Response:
 @router.get("/v1/sessions", summary="All sessions (management)", tags=["management"], response_model=None, responses=refusals(403))
 async def list_sessions(request: Request) -> Response:
     """Digests only: an id gives its session away."""
-    _gate(request).check_management(request.headers)
-    return _json({"sessions": [session.facts() for session in _predictor(request).sessions]})
+    gate_of(request).check_management(request.headers)
+    return _json({"sessions": [session.facts() for session in predictor_of(request).sessions]})
 
 
 def _session(request: Request, session_id: str) -> Session:
     """The session to act on; pages of other origins must not act on one whose id they can guess."""
     if may_be_guessed(session_id):
-        _gate(request).check_origin(request.headers)
-    return _predictor(request).sessions.find(session_id)
+        gate_of(request).check_origin(request.headers)
+    return predictor_of(request).sessions.find(session_id)
 
 
 def _opened(predictor: Predictor, session: Session) -> Response:
@@ -304,7 +303,7 @@ def _options(query: BaseModel, base: Options) -> Options:
 
 async def _managed_version(request: Request) -> str | None:
     """What a call asks for that needs the management token."""
-    _gate(request).check_management(request.headers)
+    gate_of(request).check_management(request.headers)
     body = await read_body(request, 64 * 1024)
     return _version(read_json(body, (), ("version",)).get("version")) if body.strip() else None
 
@@ -323,18 +322,3 @@ def _answer(answer: Answer) -> Response:
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(encode(value), status, headers, "application/json")
-
-
-def _predictor(request: Request) -> Predictor:
-    predictor: Predictor = request.app.state.predictor
-    return predictor
-
-
-def _gate(request: Request) -> Gate:
-    gate: Gate = request.app.state.gate
-    return gate
-
-
-def _settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings

@@ -1,4 +1,4 @@
-"""`python -m training`: train, crossvalidate, evaluate, export, verify."""
+"""`python -m training`: train, crossvalidate, evaluate, streams, export, verify, samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from model.contract import ManifestError
@@ -24,6 +24,7 @@ from model.skeletons import UnknownLayout
 from training import checkpoint as checkpoints
 from training import scores
 from training.config import Config, ConfigError, load, override
+from training.console import bar, console, say
 from training.datasets import clip_folder
 from training.datasets.clips import DataError
 from training.distributed import Group, ProcessLost, choose_device, joined
@@ -44,7 +45,6 @@ from training.streams import Streams
 from training.verify import VerificationError, verify_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console(stderr=True)
 PARTS = ("test", "validation", "training")
 DATA_FAULTS = (ConfigError, DataError, UnknownLayout, ManifestError)
 EXPECTED = (*DATA_FAULTS, VerificationError, TrainingDiverged, checkpoints.CheckpointError, ScoresError, ProcessLost, OSError)
@@ -80,7 +80,7 @@ def train(
     if len(runs) > 1 and splits.validation is not None:
         accuracies = {str(folder): result for folder, result in zip(folders, results, strict=True) if result is not None}
         Console().print(runs_table(list(accuracies), {"right %": list(accuracies.values())}, f"{settings.name}, validation"))
-    _say(f"next: {_python()} -m training evaluate {' '.join(map(str, folders))}   or   {_python()} -m training export {folders[0]}")
+    say(f"next: {_python()} -m training evaluate {' '.join(map(str, folders))}   or   {_python()} -m training export {folders[0]}")
 
 
 @app.command()
@@ -111,7 +111,7 @@ def crossvalidate(
         value[name] = dict(zip(("mean", "deviation"), mean_and_deviation(figures), strict=True)) | {"accuracy": figures}
     (whole / "crossvalidation.json").write_text(json.dumps(value, indent=1) + "\n")
     Console().print(runs_table(list(best), {"right %": list(best.values())}, f"{runs[0].name}, {folds} folds{f' by {by}' if by else ''}, best epoch of each"))
-    _say(f"at the last epoch, which no fold has chosen: {100 * mean:.1f} % on average, deviation {100 * deviation:.1f}; kept in {whole}")
+    say(f"at the last epoch, which no fold has chosen: {100 * mean:.1f} % on average, deviation {100 * deviation:.1f}; kept in {whole}")
 
 
 @app.command()
@@ -160,7 +160,7 @@ def export(
     rules = found.config.export.events
     if rules is None and found.config.streams is not None:
         chosen_on = "validation" if splits.validation is not None else "training"
-        _say(f"  rules for events, on {chosen_on} streams")
+        say(f"  rules for events, on {chosen_on} streams")
         rules = stream_rules(found.network(), Streams(splits.whole(chosen_on), found.config.streams), "smooth")
     along = None
     if found.config.streams is None:
@@ -171,14 +171,14 @@ def export(
         made = Streams(splits.whole(part), found.config.streams)
         values, along = stream_metrics(found.network(), made, rules), accuracy_along(found.network(), made, rules)
     metrics = metrics_of(protocol, **values)
-    with _bar("streaming") as advance:
-        manifest = publish(found, clips, metrics, target, say=lambda text: _say(f"  {text}"), watch=advance, events=rules, along=along)
+    with bar("streaming") as advance:
+        manifest = publish(found, clips, metrics, target, say=lambda text: say(f"  {text}"), watch=advance, events=rules, along=along)
     stream = manifest.stream
     assert stream is not None
     console.print(f"[bold]{escape(str(target / 'model.onnx'))}[/bold]  accuracy {100 * values['accuracy']:.1f} % ({escape(protocol)})", soft_wrap=True)
     console.print(f"  parity {manifest.parity.scores_abs:.1e}; on streams: {100 * stream.accuracy_first:.1f} % at the first action, ", end="")
     console.print(f"{100 * stream.accuracy_last:.1f} % at the last five of twenty" + (" [yellow](declines)[/yellow]" if stream.declines else ""))
-    _say(f"next: {_python()} -m service --models {target.parent.parent}")
+    say(f"next: {_python()} -m service --models {target.parent.parent}")
 
 
 @app.command()
@@ -199,7 +199,7 @@ def verify(
         clips, units=manifest.units, layout=manifest.layout, fps=manifest.fps, frame_shape=manifest.frame_shape, missing=manifest.missing
     )
     network = checkpoints.load(run / checkpoints.BEST).network() if run else None
-    with _bar("streaming") as advance:
+    with bar("streaming") as advance:
         report = verify_file(model, recordings.frames, network, advance)
     against = "torch and itself" if network else "itself"
     found = f"against {against}, scores differ by at most {report.parity.scores_abs:.1e}; {report.verified_frames} frames streamed"
@@ -254,7 +254,7 @@ def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Gr
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(tomli_w.dumps(settings.to_dict()))
     on = f", {group.size} processes" if group.size > 1 else ""
-    _say(f"{settings.name}, seed {settings.seed}: {_sizes(splits)}, on {group.device}{on}", describe(settings), f"run folder: {folder}")
+    say(f"{settings.name}, seed {settings.seed}: {_sizes(splits)}, on {group.device}{on}", describe(settings), f"run folder: {folder}")
     started = group.from_first(resume and (folder / checkpoints.LAST).exists())
     try:
         with _watching(folder) if group.first else nullcontext(lambda _: None) as watch:
@@ -262,9 +262,9 @@ def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Gr
     except KeyboardInterrupt:
         if (folder / checkpoints.LAST).exists():
             command = "the same torchrun command" if group.size > 1 else f"{_python()} -m training {' '.join(sys.argv[1:3])}"
-            _say(f"stopped; the last whole epoch is kept. Go on with: {command} --resume (and the same options)")
+            say(f"stopped; the last whole epoch is kept. Go on with: {command} --resume (and the same options)")
         else:
-            _say("stopped before the first epoch was done: nothing is kept")
+            say("stopped before the first epoch was done: nothing is kept")
         raise typer.Exit(130) from None
     finally:
         if group.first and (folder / METRICS).exists():
@@ -276,16 +276,16 @@ def _fit(settings: Config, splits: Splits, folder: Path, resume: bool, group: Gr
     draw_confusion(result, found.subject.classes, folder / "confusion.png")
     Console().print(recall_table(result, found.subject.classes, f"{settings.name}, validation" + (", clip by clip" if on_streams else "")))
     if on_streams:
-        _say(f"validation streams, left running: {100 * found.best:.1f} % of the actions are right; epoch {found.epoch} is the best")
+        say(f"validation streams, left running: {100 * found.best:.1f} % of the actions are right; epoch {found.epoch} is the best")
     return found.best
 
 
 def _evaluate(run: Path, found: checkpoints.Checkpoint, part: str, data: str, alone: bool) -> None:
     """Runs the clips unless that was done, and keeps figures and scores beside the checkpoint."""
     kept = run / f"{part}.json"
-    _say(describe(found.config))
+    say(describe(found.config))
     if part in PARTS and kept.exists():
-        _say(f"already run; the result was kept in {kept}")
+        say(f"already run; the result was kept in {kept}")
         if alone:
             Console().print_json(kept.read_text())
         return
@@ -300,7 +300,7 @@ def _evaluate(run: Path, found: checkpoints.Checkpoint, part: str, data: str, al
     if result.copies:
         value |= {"copies": result.copies, "accuracy_without_copies": result.accuracy_without_copies}
         others = f"of the other {len(clips) - result.copies}, {100 * result.accuracy_without_copies:.1f} % are right"
-        _say(f"{result.copies} of the {part} clips are training clips as well, number for number; {others}")
+        say(f"{result.copies} of the {part} clips are training clips as well, number for number; {others}")
     kept.write_text(json.dumps(value | {"seed": found.config.seed, "epoch": found.epoch, "chosen": describe(found.config)}, indent=1) + "\n")
     Console().print(recall_table(result, found.subject.classes, f"{found.config.name}, {part}, seed {found.config.seed}"))
 
@@ -311,12 +311,6 @@ def _seeds(text: str) -> list[int]:
     if not all(one.isdecimal() for one in numbers) or len(set(numbers)) < len(numbers) or numbers == ["0"]:
         raise ConfigError(f"--seeds {text}: expected different numbers, such as 0,1,2, or how many")
     return list(range(int(numbers[0]))) if len(numbers) == 1 else [int(one) for one in numbers]
-
-
-def _say(*lines: str) -> None:
-    """Lines as they are, whatever brackets are in them and however narrow the terminal is."""
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _python() -> str:
@@ -354,13 +348,6 @@ def _watching(folder: Path) -> Iterator[Any]:
             progress.update(whole, note=f"{validation}waiting for data {100 * p.row['waiting']:.1f} %")
 
         yield watch
-
-
-@contextmanager
-def _bar(title: str) -> Iterator[Any]:
-    with Progress(SpinnerColumn(), TextColumn(title), BarColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def main() -> None:

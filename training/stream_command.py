@@ -17,6 +17,7 @@ from model.network import Network
 from training import checkpoint as checkpoints
 from training import splits as data_splits
 from training.config import Config, ConfigError, override
+from training.console import bar, say
 from training.datasets.clips import ClipSet
 from training.publish import Along
 from training.report import early_table, streams_table
@@ -27,8 +28,6 @@ from training.streams import FORMS, Form, Streams
 
 SEED = 20261122  # of the streams that are reported on
 CHOICE_SEED = 7  # of those that rules for events are chosen on
-
-console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -103,20 +102,23 @@ def _measure(pair: Pair, config: Config, splits: Splits, part: str, only: str, c
         raise ConfigError("the run given with --clips has other classes than the clips of this one")
     found: dict[str, list[Row]] = {}
     for form in [one for one in FORMS if one == only] or made.forms:
-        _say(f"{pair.run}: {form}; rules for events {'of the configuration' if config.export.events else f'are chosen on {chosen_on} streams'}")
+        say(f"{pair.run}: {form}; rules for events {'of the configuration' if config.export.events else f'are chosen on {chosen_on} streams'}")
         own, held = finite_streams(made, form, count, actions, SEED), finite_streams(choice, form, 24, 12, CHOICE_SEED)
         rules = config.export.events or stream_rules(network, choice, form)
         found[form] = [stream_row(network, own, made.classes, rules)]
         if other is not None:
-            running, windowed = clip_rules(other, held, made.clips.classes, window)
-            found[form] += clip_rows(other, own, made.clips.classes, running, windowed, window, _say)
+            with bar("rules for the network for clips") as advance:
+                running, windowed = clip_rules(other, held, made.clips.classes, window, advance)
+            with bar(f"a window of {window} frames at every frame") as advance:
+                found[form] += clip_rows(other, own, made.clips.classes, running, windowed, window, advance)
     return found
 
 
 def stream_rules(network: Network, choice: Streams, form: Form) -> EventRules:
     """The rules for events that find most on streams of this form."""
     held = finite_streams(choice, form, 24, 12, CHOICE_SEED)
-    return rules_for(left_running(network, [one.frames for one in held]), held, choice.classes, choice.config.nothing or None)
+    with bar("rules for events") as advance:
+        return rules_for(left_running(network, [one.frames for one in held]), held, choice.classes, choice.config.nothing or None, advance)
 
 
 def stream_metrics(network: Network, made: Streams, rules: EventRules) -> dict[str, float]:
@@ -134,10 +136,6 @@ def accuracy_along(network: Network, made: Streams, rules: EventRules) -> Along:
     first, last = float(share[0]), float(share[-5:].mean())
     variance = first * (1 - first) / len(own) + last * (1 - last) / (5 * len(own))
     return Along(first, last, 1.96 * variance**0.5)
-
-
-def _say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,8 @@ from model.contract import EventRules
 from model.network import Network
 from training.event_rules import choose_rules
 from training.stream_figures import Scores, StreamFigures, early, measure
-from training.stream_scores import left_running, multiplications, oracle, sliding
+from training.stream_scores import Watch, left_running, multiplications, oracle, sliding
 from training.streams import Form, Stream, Streams
-
-Say = Callable[[str], None]
 
 CLIPS_RUNNING = "clips, left running"
 CLIPS_ORACLE = "clips, reset at every true start and end"
@@ -52,7 +50,7 @@ def stream_row(network: Network, streams: Sequence[Stream], classes: Sequence[st
 
 
 def clip_rows(
-    network: Network, streams: Sequence[Stream], classes: Sequence[str], running: EventRules, windowed: EventRules, window: int, say: Say
+    network: Network, streams: Sequence[Stream], classes: Sequence[str], running: EventRules, windowed: EventRules, window: int, watch: Watch
 ) -> list[Row]:
     """A network for clips, which knows no class for nothing, in the three ways in which it may be used on streams."""
     frames, segments, cost = [one.frames for one in streams], [one.segments for one in streams], multiplications(network)
@@ -60,20 +58,21 @@ def clip_rows(
     free = _row(CLIPS_ORACLE, oracle(network, frames, segments), streams, classes, running, cost)
     unknown = float("nan")
     rows.append(dataclasses.replace(free, rules=None, figures=dataclasses.replace(free.figures, f1=unknown, delay=unknown, boundary=unknown, counted=unknown)))
-    say(f"a window of {window} frames at every frame")
-    rows.append(_row(CLIPS_WINDOW, sliding(network, frames, window), streams, classes, windowed, window * cost))
+    rows.append(_row(CLIPS_WINDOW, sliding(network, frames, window, watch), streams, classes, windowed, window * cost))
     return rows
 
 
-def rules_for(scores: Sequence[Scores], streams: Sequence[Stream], classes: Sequence[str], nothing: str | None) -> EventRules:
+def rules_for(scores: Sequence[Scores], streams: Sequence[Stream], classes: Sequence[str], nothing: str | None, watch: Watch) -> EventRules:
     """The rules that find most on these streams, which must not be those that are reported on."""
-    return choose_rules(scores, [one.segments for one in streams], classes, nothing)[0]
+    return choose_rules(scores, [one.segments for one in streams], classes, nothing, watch)[0]
 
 
-def clip_rules(network: Network, streams: Sequence[Stream], classes: Sequence[str], window: int) -> tuple[EventRules, EventRules]:
+def clip_rules(network: Network, streams: Sequence[Stream], classes: Sequence[str], window: int, watch: Watch) -> tuple[EventRules, EventRules]:
     """The best rules for a network for clips left running, and over a window: each way is given its own."""
     frames = [one.frames for one in streams]
-    return rules_for(left_running(network, frames), streams, classes, None), rules_for(sliding(network, frames, window), streams, classes, None)
+    ways = left_running(network, frames), sliding(network, frames, window)
+    running, windowed = (rules_for(scores, streams, classes, None, watch) for scores in ways)
+    return running, windowed
 
 
 def _row(name: str, scores: list[Scores], streams: Sequence[Stream], classes: Sequence[str], rules: EventRules, cost: int) -> Row:

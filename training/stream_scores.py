@@ -26,7 +26,7 @@ Watch = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def left_running(network: Network, streams: Sequence[Frames], watch: Watch | None = None) -> list[Scores]:
+def left_running(network: Network, streams: Sequence[Frames]) -> list[Scores]:
     """Scores (T_i, classes) of each stream (T_i, *frame shape), from the zero state to its end."""
     state, pieces = network.initial_state(len(streams)), []
     lengths = np.array([len(stream) for stream in streams])
@@ -34,8 +34,6 @@ def left_running(network: Network, streams: Sequence[Frames], watch: Watch | Non
         parts = [stream[start : start + CHUNK] for stream in streams]
         scores, state = network.scores(_padded(parts), torch.tensor([len(part) for part in parts]), state)
         pieces.append(scores.cpu().numpy())
-        if watch:
-            watch(start + CHUNK, int(lengths.max()))
     together = np.concatenate(pieces, 1)
     return [row[:length] for row, length in zip(together, lengths, strict=True)]
 
