@@ -39,6 +39,7 @@ LAYERS = {
         ["__main__"],
     ],
     "service": [
+        ["histogram"],
         ["errors", "metrics", "logs", "detector", "statistics", "shortcut", "roles"],
         ["settings", "options", "resampler", "compression", "client_values", "client_errors"],
         ["progress", "record"],
