@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -25,7 +25,7 @@ DATATYPES = (
 MOST_SEQUENCES = 2**64 - 1  # the largest number a sequence may have
 LONGEST_ID = 128  # bytes of a sequence's or a session's id
 
-_NUMPY: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}  # of what models take
+NUMPY: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}  # of what models take
 _LONG = struct.Struct("<I")
 _MOST_AXES = 32
 _MOST_NULLS = 2**24  # elements of a tensor in which null may stand for many: a short request must not make a large array
@@ -72,13 +72,13 @@ def read_request(body: bytes, header: str | None, inputs: Mapping[str, str], out
     request_id = value.get("id")
     if not isinstance(request_id, str | None):
         raise Malformed(f"id must be a string, got {request_id!r:.60}")
-    _refuse_reserved(parameters)
+    refuse_reserved(parameters)
     return InferRequest(
         request_id,
         _read_inputs(value.get("inputs"), rest, inputs),
-        _read_outputs(value.get("outputs"), outputs, _flag(parameters, "binary_data_output")),
-        _read_step(parameters),
-        _read_wait(parameters),
+        read_outputs(value.get("outputs"), outputs, _flag(parameters, "binary_data_output")),
+        read_step(parameters),
+        read_wait(parameters),
     )
 
 
@@ -90,7 +90,7 @@ def write_response(
     for wanted, array in zip(request.outputs, outputs, strict=True):
         value: dict[str, Any] = {"name": wanted.name, "datatype": "BYTES" if array.dtype.hasobject else "FP32", "shape": array.shape}
         if wanted.binary:
-            part = _pack(array) if array.dtype.hasobject else np.ascontiguousarray(array, _NUMPY["FP32"]).tobytes()
+            part = pack(array) if array.dtype.hasobject else np.ascontiguousarray(array, NUMPY["FP32"]).tobytes()
             value["parameters"] = {"binary_data_size": len(part)}
             parts.append(part)
         else:
@@ -132,7 +132,8 @@ def _parameters(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     return parameters
 
 
-def _refuse_reserved(parameters: Mapping[str, Any]) -> None:
+def refuse_reserved(parameters: Mapping[str, Any]) -> None:
+    """Raises `Malformed` for names that the protocol keeps for itself."""
     for name in parameters:
         if name == "headers" or name.startswith("triton_"):
             raise Malformed(f"parameter {name!r:.60} is reserved and means nothing here")
@@ -152,7 +153,8 @@ def _number(parameters: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def _read_step(parameters: Mapping[str, Any]) -> Step | None:
+def read_step(parameters: Mapping[str, Any]) -> Step | None:
+    """The step of a sequence that the request is, None for a clip."""
     sequence = parameters.get("sequence_id", 0)
     start, end, first = _flag(parameters, "sequence_start"), _flag(parameters, "sequence_end"), _number(parameters, "sequence_step")
     if isinstance(sequence, str):
@@ -167,7 +169,8 @@ def _read_step(parameters: Mapping[str, Any]) -> Step | None:
     return None
 
 
-def _read_wait(parameters: Mapping[str, Any]) -> float | None:
+def read_wait(parameters: Mapping[str, Any]) -> float | None:
+    """Seconds that the request may wait for the model, None where it does not say."""
     _number(parameters, "priority")  # no request goes before another here
     microseconds = _number(parameters, "timeout")
     return microseconds / 1e6 if microseconds else None
@@ -180,10 +183,8 @@ def _read_inputs(listed: Any, rest: memoryview | None, known: Mapping[str, str])
     at = 0
     for tensor in listed:
         name = _name(tensor, "input", known, arrays)
-        datatype, shape = tensor.get("datatype"), _shape(tensor.get("shape"), name)
-        if datatype != known[name]:
-            spoken = datatype if datatype in DATATYPES else f"{datatype!r:.60}, which is no datatype,"
-            raise Malformed(f"input {name} is {spoken} but the model takes {known[name]}")
+        datatype, shape = tensor.get("datatype"), read_shape(tensor.get("shape"), name)
+        check_datatype(name, datatype, known[name])
         parameters = _parameters(tensor, f"input {name}")
         if any(one.startswith("shared_memory") for one in parameters):
             raise Malformed(f"input {name}: shared memory is not supported; send the data")
@@ -204,14 +205,27 @@ def _name(tensor: Any, kind: str, known: Any, seen: Any) -> str:
     name = tensor.get("name") if isinstance(tensor, dict) else None
     if not isinstance(name, str):
         raise Malformed(f"each {kind} must be an object with a name, got {tensor!r:.60}")
+    check_name(name, kind, known, seen)
+    return name
+
+
+def check_name(name: str, kind: str, known: Collection[str], seen: Container[str]) -> None:
+    """Raises `Malformed` for a tensor that the model does not have or that came before; `kind` is input or output."""
     if name not in known:
         raise Malformed(f"unknown {kind} {name!r:.60}; the model has {', '.join(known)}")
     if name in seen:
         raise Malformed(f"{kind} {name} comes twice")
-    return name
 
 
-def _shape(value: Any, name: str) -> tuple[int, ...]:
+def check_datatype(name: str, datatype: Any, wanted: str) -> None:
+    """Raises `Malformed` unless the input has the datatype that the model takes: nothing is cast."""
+    if datatype != wanted:
+        spoken = datatype if datatype in DATATYPES else f"{datatype!r:.60}, which is no datatype,"
+        raise Malformed(f"input {name} is {spoken} but the model takes {wanted}")
+
+
+def read_shape(value: Any, name: str) -> tuple[int, ...]:
+    """The shape of an input; raises `Malformed` for what is none or too large."""
     if not isinstance(value, list) or not all(type(size) is int and size >= 0 for size in value):
         raise Malformed(f"shape of input {name} must be a list of whole numbers from 0 on, got {value!r:.60}")
     if len(value) > _MOST_AXES or (math.prod(value) == 0 and math.prod(filter(None, value)) > _MOST_NULLS):  # NumPy makes no array of these
@@ -224,7 +238,7 @@ def _from_bytes(rest: memoryview | None, at: int, size: int, name: str, datatype
         raise Malformed(f"input {name} has a binary_data_size, but the header Inference-Header-Content-Length is missing")
     if at + size > len(rest):
         raise Malformed(f"input {name}: {size} bytes are announced, {len(rest) - at} are left of the body")
-    dtype = _NUMPY[datatype]
+    dtype = NUMPY[datatype]
     count = math.prod(shape)
     if size != count * dtype.itemsize:
         raise Malformed(f"input {name}: shape {list(shape)} {datatype} makes {count * dtype.itemsize} bytes, binary_data_size is {size}")
@@ -262,7 +276,7 @@ def _from_json(data: Any, name: str, datatype: str, shape: tuple[int, ...]) -> n
         raise Malformed(f"data of input {name}: a number is out of the range of {datatype}") from None
 
 
-def _read_outputs(listed: Any, known: Sequence[str], binary: bool) -> tuple[Wanted, ...]:
+def read_outputs(listed: Any, known: Sequence[str], binary: bool) -> tuple[Wanted, ...]:
     """No list, or an empty one, asks for all outputs."""
     if listed is None or listed == []:
         return tuple(Wanted(name, binary) for name in known)
@@ -278,6 +292,6 @@ def _read_outputs(listed: Any, known: Sequence[str], binary: bool) -> tuple[Want
     return tuple(wanted.values())
 
 
-def _pack(array: npt.NDArray[Any]) -> bytes:
+def pack(array: npt.NDArray[Any]) -> bytes:
     """BYTES: before each element its length."""
     return b"".join(part for item in array.ravel() for part in (_LONG.pack(len(item)), item))
