@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from service import notes
 from service.errors import Draining, Malformed, MethodNotAllowed, NotFound, ServiceError, Unauthenticated
 from service.gate import Gate
 from service.metrics import Metrics
@@ -86,6 +87,7 @@ class Edge:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request_id, began, status = secrets.token_hex(8), time.perf_counter(), 0
+        notes.begin(request=request_id)
         if scope["method"] == "HEAD":  # as GET; the server leaves the body out
             scope = {**scope, "method": "GET"}
 
@@ -107,13 +109,13 @@ class Edge:
             if not status:
                 await self._answer(Draining("the service is shutting down", retry_after=5), scope, receive, sending)
         except Exception:
-            log.exception("request failed", request=request_id, method=scope["method"], route=_route(scope))
+            log.exception("request failed", method=scope["method"], route=_route(scope))
             if not status:
                 await self._answer(ServiceError(request=request_id), scope, receive, sending)
         route, seconds = _route(scope), time.perf_counter() - began
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
-        log.debug("request", request=request_id, method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 2))
+        log.debug("request", method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 2))
 
     def _authorise(self, scope: Scope) -> None:
         state = scope.setdefault("state", {})

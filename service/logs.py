@@ -1,18 +1,22 @@
-"""Logging: one line per event, as JSON for machines or in columns for a terminal."""
+"""Logging: one line per event, as JSON for machines or in columns for a terminal, with the ids of the request and session it belongs to."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
+
+from service import notes
 
 
 def configure_logs(level: str, form: str) -> None:
     """Sends structlog's and the standard library's lines to stderr; `form` is auto, console or json."""
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
+        _with_notes,
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
@@ -31,3 +35,10 @@ def configure_logs(level: str, form: str) -> None:
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and stop lines say less than ours
+
+
+def _with_notes(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What is known of the work under way, unless the line says otherwise."""
+    for name, value in notes.spoken().items():
+        line.setdefault(name, value)
+    return line

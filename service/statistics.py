@@ -26,7 +26,7 @@ class Tally:
 class Statistics:
     """Of one version of a model, whatever protocol its work came by. An inference is one message of a stream or one clip.
 
-    The event loop counts successes and failures; whoever runs a batch, one at a time, counts the rest.
+    Counted on the event loop, once for each batch.
     """
 
     def __init__(self) -> None:
@@ -36,17 +36,17 @@ class Statistics:
         self._input, self._infer, self._output = Tally(), Tally(), Tally()
         self._batches: defaultdict[int, tuple[Tally, Tally, Tally]] = defaultdict(lambda: (Tally(), Tally(), Tally()))
 
-    def succeeded(self, ns: int) -> None:
-        """`ns`: from the model's being asked to its answer."""
-        self._success.add(1, ns)
+    def succeeded(self, ns: int, count: int = 1) -> None:
+        """`ns`: from the model's being asked to its answer, of all of them together."""
+        self._success.add(count, ns)
         self._last_ms = time.time_ns() // 1_000_000
 
     def failed(self, ns: int) -> None:
         self._fail.add(1, ns)
 
-    def waited(self, ns: int) -> None:
-        """`ns`: until its first run began."""
-        self._queue.add(1, ns)
+    def waited(self, ns: int, count: int = 1) -> None:
+        """`ns`: until the first run of each began, of all of them together."""
+        self._queue.add(count, ns)
 
     def ran(self, rows: int, finished: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
         """One run of the model. Every inference in it took as long as the run; those that go on in a later run are counted there."""

@@ -32,6 +32,19 @@ def test_a_batch_counts_once_for_each_inference_in_it_and_once_as_a_batch() -> N
     assert abs(value["last_inference"] / 1000 - time.time()) < 60
 
 
+def test_several_at_once_are_as_many_one_by_one() -> None:
+    together, apart = Statistics(), Statistics()
+    together.waited(15, 3)
+    together.succeeded(300, 3)
+    together.failed(20, 2)
+    for _ in range(3):
+        apart.waited(5)
+        apart.succeeded(100)
+    for _ in range(2):
+        apart.failed(10)
+    assert {**together.to_dict(), "last_inference": 0} == {**apart.to_dict(), "last_inference": 0}
+
+
 def test_a_long_clip_counts_once_however_many_runs_it_takes() -> None:
     statistics = Statistics()
     for finished in (0, 0, 1):
