@@ -13,18 +13,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
 from model.contract import FRAMES
-from service import clips
+from service import calls
 from service.app_state import gate_of, predictor_of, settings_of
 from service.bodies import read_body
 from service.compression import ENCODINGS, deflate, inflate
-from service.errors import Draining, Forbidden, Malformed, ModelNotFound, ModelNotReady, NotSupported
-from service.frames import Payload
-from service.metadata import INPUTS, OUTPUTS, model_config, model_metadata, server_metadata
-from service.predictor import Predictor
+from service.errors import Malformed, NotSupported
+from service.metadata import INPUTS, OUTPUTS, model_config, server_metadata
 from service.protocol import encode, read_object
 from service.runner import Runner
 from service.schemas import refusals
-from service.sequences import Sequences
 from service.tensors import InferRequest, read_request, write_response
 
 router = APIRouter(tags=["open inference"])
@@ -85,28 +82,25 @@ async def live(request: Request) -> Response:
 @router.get("/v2/health/ready", summary="Whether work is accepted", responses=refusals(503))
 async def ready(request: Request) -> Response:
     """As `/health/ready`: a model that could not be loaded does not stop the others; the repository index names it."""
-    _check_open(predictor_of(request))
+    calls.check_open(predictor_of(request))
     return _json({"ready": True})
 
 
 @router.get("/v2/models/stats", summary="Statistics of all models")
 async def all_statistics(request: Request) -> Response:
-    predictor = predictor_of(request)
-    return _json({"model_stats": [_statistics(predictor.runner(entry.name, entry.version)) for entry in predictor.catalog]})
+    return _json({"model_stats": calls.statistics(predictor_of(request), None, None)})
 
 
 @_of_model("GET", "/stats", "Statistics of a model")
 async def statistics(request: Request) -> Response:
     """Counts and times since the model was loaded, of all its work, whatever protocol it came by; without a version, of each version."""
-    predictor, runner = predictor_of(request), _runner(request)
-    versions = [runner.version] if "version" in request.path_params else predictor.catalog.versions(runner.name)
-    return _json({"model_stats": [_statistics(predictor.runner(runner.name, version)) for version in versions]})
+    return _json({"model_stats": calls.statistics(predictor_of(request), request.path_params["name"], request.path_params.get("version"))})
 
 
 @_of_model("GET", "/ready", "Whether a model takes requests")
 async def model_ready(request: Request) -> Response:
     runner = _runner(request)
-    _check_open(predictor_of(request))
+    calls.check_open(predictor_of(request))
     return _json({"name": runner.name, "ready": True})
 
 
@@ -119,9 +113,7 @@ async def config(request: Request) -> Response:
 @_of_model("GET", "", "A model's inputs and outputs")
 async def metadata(request: Request) -> Response:
     """`lengths` (INT64, one for each clip) may be sent beside the input that is listed: how many frames of each are real."""
-    predictor, runner = predictor_of(request), _runner(request)
-    versions = [runner.version] if "version" in request.path_params else predictor.catalog.versions(runner.name)
-    return _json(model_metadata(runner.name, versions, runner.manifest))
+    return _json(calls.metadata(predictor_of(request), request.path_params["name"], request.path_params.get("version")))
 
 
 # Inference
@@ -136,24 +128,11 @@ async def infer(request: Request) -> Response:
     if not predictor_of(request).models.at_work(request.path_params["name"]):
         _runner(request)  # raises: an unknown model is said before a long body is read
     asked, size = await _read(request)
-    frames = clips.read(asked)
-    name = request.path_params["name"]
-    if asked.step is None:
-        runner = _runner(request)
-        version, parameters = runner.version, {}
-        answers = await clips.run(predictor_of(request), runner, frames, size, asked.wait_s)
-    else:
-        if len(frames) != 1:
-            raise Malformed(f"a sequence has batch size 1, got {len(frames)}")
+    if asked.step is not None:
         gate_of(request).check_origin(request.headers)  # the id may be guessed, by any page that the user has open
-        payload = Payload("array", frames[0], size)
-        sequences: Sequences = request.app.state.sequences
-        session, answer = await sequences.step(name, request.path_params.get("version"), asked.step, payload, len(frames[0]), asked.wait_s)
-        version, answers = session.version, [answer]
-        parameters = {"sequence_id": asked.step.sequence, "sequence_step": answer.first + answer.count}
-    steps = asked.inputs[FRAMES].shape[1]
-    outputs = [clips.best(answers, wanted.classes) if wanted.classes else clips.scores(answers, steps) for wanted in asked.outputs]
-    return await _write(request, *write_response(asked, name, version, parameters, outputs))
+    name = request.path_params["name"]
+    done = await calls.infer(predictor_of(request), request.app.state.sequences, name, request.path_params.get("version"), asked, size)
+    return await _write(request, *write_response(asked, name, done.version, done.parameters, done.outputs))
 
 
 async def _read(request: Request) -> tuple[InferRequest, int]:
@@ -188,22 +167,13 @@ async def index(request: Request) -> Response:
     only_ready = fields.get("ready", False)
     if not isinstance(only_ready, bool):
         raise Malformed(f"ready must be true or false, got {only_ready!r:.60}")
-    predictor = predictor_of(request)
-    listed = predictor.models.states()
-    if predictor.draining:
-        listed = [one | {"state": "UNAVAILABLE", "reason": "the service is shutting down"} if one["state"] == "READY" else one for one in listed]
-    return _json([one for one in listed if one["state"] == "READY" or not only_ready])
+    return _json(calls.index(predictor_of(request), only_ready))
 
 
 @router.post("/v2/repository/models/{name}/load", summary="Load a model (management)", responses=refusals(400, 403, 404), openapi_extra=_BODY)
 async def load(request: Request, name: str) -> Response:
     """Makes what is served of the model what its folder holds; answers when that is done. A file that is refused leaves what was served before."""
-    parameters = await _read_management(request)
-    if any(one.startswith("file:") for one in parameters):
-        raise Forbidden("model files are not taken over the network: put them into the models directory")
-    if "config" in parameters:
-        raise Malformed("a configuration is not taken: everything about a model is in its file")
-    await predictor_of(request).models.load(name)
+    await calls.load(predictor_of(request), name, await _read_management(request))
     return Response()
 
 
@@ -247,25 +217,9 @@ async def _read_management(request: Request) -> dict[str, Any]:
     return parameters
 
 
-def _statistics(runner: Runner) -> dict[str, Any]:
-    return {"name": runner.name, "version": runner.version, **runner.statistics.to_dict()}
-
-
 def _runner(request: Request) -> Runner:
-    """The model that the path names. Raises `ModelNotFound`, or `ModelNotReady` where its file is there but cannot be served."""
-    predictor, name, version = predictor_of(request), request.path_params["name"], request.path_params.get("version")
-    try:
-        return predictor.runner(name, version)
-    except ModelNotFound as error:
-        if any(failure.name == name and version in (None, failure.version) for failure in predictor.catalog.failures):
-            raise ModelNotReady(error.message) from None
-        spoken = f"{name!r:.140}" if version is None else f"{name!r:.140} version {version!r:.140}"
-        raise ModelNotFound(f"Request for unknown model: {spoken} is not found", **error.facts) from None
-
-
-def _check_open(predictor: Predictor) -> None:
-    if predictor.draining:
-        raise Draining("the service is shutting down", retry_after=5)
+    """The model that the path names; raises what `calls.find_runner` raises."""
+    return calls.find_runner(predictor_of(request), request.path_params["name"], request.path_params.get("version"))
 
 
 def _json(value: Any) -> Response:
