@@ -37,7 +37,8 @@ ServiceError           500 / 1011  internal
     ├── Overloaded                 overloaded
     ├── Draining                   draining
     ├── ModelLoading               model_loading
-    └── ModelNotReady              model_not_ready
+    ├── ModelNotReady              model_not_ready
+    └── StoreUnavailable           store_unavailable
 """
 
 from __future__ import annotations
@@ -241,3 +242,9 @@ class ModelNotReady(Unavailable):
     """The model is there but cannot be served; the message says why."""
 
     code = "model_not_ready"
+
+
+class StoreUnavailable(Unavailable):
+    """The store of session records cannot be reached or cannot take what it was asked to; what was asked may or may not have happened."""
+
+    code = "store_unavailable"

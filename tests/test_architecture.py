@@ -42,8 +42,8 @@ LAYERS = {
         ["histogram", "notes"],
         ["errors", "metrics", "logs", "detector", "statistics", "shortcut", "roles", "backoff"],
         ["settings", "options", "resampler", "compression", "store", "client_values", "client_errors"],
-        ["progress", "record", "store_*", "checkpoints"],
-        ["engine", "batcher", "sessions", "protocol", "frames", "gate"],
+        ["progress", "record", "store_memory", "store_sqlite", "store_redis", "checkpoints"],
+        ["engine", "batcher", "sessions", "protocol", "frames", "gate", "stores"],
         ["model_files", "bodies", "schemas", "tensors", "metadata", "client_ledger", "client_socket"],
         ["catalog", "runner"],
         ["repository"],
@@ -80,6 +80,10 @@ OUTSIDE = {
     "service.client_stream": {"numpy", "websockets"},
     "service.client_tracks": {"websockets"},
     "service.client_values": {"numpy"},
+    "service.store": set(),
+    "service.store_memory": set(),
+    "service.store_sqlite": {"structlog"},
+    "service.store_redis": {"redis", "structlog"},
 }  # fmt: skip
 
 
