@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -40,17 +41,22 @@ class FrameReader:
         self._map = None if layout in (None, manifest.layout) else LayoutMap(layout, manifest)
         self.shape = manifest.frame_shape if self._map is None else self._map.client_shape
         self._size = math.prod(self.shape)
+        self.raw_bytes = 0 if self._missing or self._map else 4 * self._size  # of a frame that may go to the model unread, to be checked there; 0: none may
+        self._pack = struct.Struct(f"{self._size}f").pack
 
-    def from_json(self, value: Any, first: int = 0) -> Frames:
-        """Nested lists of numbers, (count, *shape); `None` stands for a missing value, joint or body."""
+    def from_json(self, value: Any, first: int = 0, literals: bool = True) -> Frames:
+        """Nested lists of numbers, (count, *shape); `None` stands for a missing value, joint or body.
+
+        `literals`: whether any true, false or null may be among them, as far as the caller knows.
+        """
         if not isinstance(value, list):
             raise WrongShape(f"frames: expected a list of frames, got {_kind(value)}")
         if not value:
             raise Empty("frames is empty: send at least one frame")
-        array = self._plain_numbers(value)
-        if array is None:
-            array = np.array(list(_flatten(value, (len(value), *self.shape), "frames")), np.float64).reshape(-1, *self.shape)
-        return self._checked(array, first)
+        frames = self._packed(value, literals)
+        if frames is not None:
+            return frames if self._map is None else self._map(frames)
+        return self._checked(np.array(list(_flatten(value, (len(value), *self.shape), "frames")), np.float64).reshape(-1, *self.shape), first)
 
     def from_bytes(self, payload: bytes | memoryview, first: int = 0, count: int | None = None) -> Frames:
         """Little-endian float32 values, frame after frame; `count` is how many frames a header announced."""
@@ -91,21 +97,34 @@ class FrameReader:
             raise Empty("no frames: send at least one")
         return self._checked(np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C"), first)
 
-    def _plain_numbers(self, value: list[Any]) -> npt.NDArray[Any] | None:
-        """The fast path: lists of plain numbers in the right shape, else None (the slow path then names the fault)."""
-        flat: Any = value
+    def _packed(self, value: list[Any], literals: bool) -> Frames | None:
+        """The fast path: lists of plain numbers in the right shape, each below `LARGEST`; None says nothing, the slow path then names the fault, if any.
+
+        `struct` takes numbers and nothing else, as many as it was told, but for true and false, which it takes for 1 and 0.
+        """
         try:
-            for _ in self.shape:
-                flat = chain.from_iterable(flat)
-            if not set(map(type, flat)) <= {int, float}:  # bool, str and None are told apart by exact type
-                return None
-            array = np.array(value)
-        except (TypeError, ValueError, OverflowError):
+            packed = b"".join([self._pack(*self._flat(frame, literals)) for frame in value])
+        except (TypeError, ValueError, OverflowError, struct.error):
             return None
-        return array if array.shape[1:] == self.shape and array.dtype.kind in "fiu" else None
+        frames = np.frombuffer(packed, np.float32).reshape(-1, *self.shape)
+        # At `LARGEST` itself the double before rounding decides.
+        return frames if _largest_bits(frames) < _LARGEST_BITS else None
+
+    def _flat(self, frame: Any, literals: bool) -> Any:
+        """The values of one frame; raises `TypeError` or `ValueError` where lists inside have wrong lengths, and for true and false."""
+        if len(self.shape) > 1:
+            values: list[Any] = [frame]
+            for size in self.shape:
+                if set(map(len, values)) != {size}:
+                    raise ValueError(size)
+                values = list(chain.from_iterable(values))
+            frame = values
+        if literals and bool in set(map(type, frame)):
+            raise TypeError(bool)
+        return frame
 
     def _checked(self, frames: npt.NDArray[Any], first: int) -> Frames:
-        if _all_fine(frames):
+        if all_fine(frames):
             return frames if self._map is None else self._map(frames)
         if frames.dtype.kind != "f":
             frames = frames.astype(np.float64)  # the magnitude of the least integer is no integer
@@ -136,18 +155,22 @@ class FrameReader:
 
 @dataclass(slots=True)  # not frozen: made for each message, and frozen ones take four times as long
 class Payload:
-    """Frames as they came: parsed JSON, raw bytes, a NumPy file or an array of it; `size` in bytes, `count` as a header announced it, `t` the time of each."""
+    """Frames as they came: parsed JSON, raw bytes, a NumPy file or an array of it; `size` in bytes, `count` as a header announced it, `t` the time of each.
+
+    `literals`: whether the JSON may have true, false or null in it; without them lists need not be looked through.
+    """
 
     form: Literal["json", "raw", "npy", "array"]
     value: Any
     size: int
     count: int | None = None
     t: Any = None
+    literals: bool = True
 
     def read(self, reader: FrameReader, first: int = 0) -> Frames:
         """Raises what `FrameReader` raises."""
         if self.form == "json":
-            return reader.from_json(self.value, first)
+            return reader.from_json(self.value, first, self.literals)
         if self.form == "array":
             return reader.from_array(self.value, first)
         return reader.from_npy(self.value, first) if self.form == "npy" else reader.from_bytes(self.value, first, self.count)
@@ -177,15 +200,19 @@ class LayoutMap:
         return np.ascontiguousarray(mapped)
 
 
-def _all_fine(frames: npt.NDArray[Any]) -> bool:
+def all_fine(frames: npt.NDArray[Any]) -> bool:
     """Whether these are float32 in C order, each finite and no larger than `LARGEST`; False says nothing.
 
     Without their sign the bits of floats are ordered as the floats are, with infinities and NaN above: less than half the time of comparing floats,
     which matters for live frames that come one by one.
     """
-    if frames.dtype != _F4 or not frames.flags.c_contiguous:
-        return False
-    return bool(np.maximum.reduce(frames.view(_BITS) & _WITHOUT_SIGN, axis=None) <= _LARGEST_BITS)
+    return frames.dtype == _F4 and frames.flags.c_contiguous and bool(_largest_bits(frames) <= _LARGEST_BITS)
+
+
+def _largest_bits(frames: npt.NDArray[Any]) -> np.uint32:
+    """Of the largest magnitude among float32 in C order."""
+    bits: np.uint32 = np.maximum.reduce(frames.view(_BITS) & _WITHOUT_SIGN, axis=None)
+    return bits
 
 
 def _further_sources(sources: tuple[tuple[int, ...], ...]) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:

@@ -4,11 +4,14 @@ import io
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model import skeletons
-from service.errors import Empty, LayoutUnknown, Malformed, NotFinite, WrongShape
-from service.frames import FrameReader
+from service.errors import Empty, LayoutUnknown, Malformed, NotFinite, ServiceError, WrongShape
+from service.frames import FrameReader, _flatten
 from tests import toy_models
 from tests.toy_models import CHANNELS, GAPPY, GAPPY_CHANNELS, SKELETON, Toy
 
@@ -169,3 +172,59 @@ def test_frames_are_checked_in_the_clients_layout() -> None:
 def test_layouts_that_lead_nowhere(toy: Toy, layout: str) -> None:
     with pytest.raises(LayoutUnknown):
         reader(toy, layout)
+
+
+numbers = st.one_of(
+    st.floats(allow_nan=False, width=64), st.integers(-(2**63), 2**64 - 1), st.sampled_from([0, -0.0, 1e6, 1000000.01, 999999.99, 1e-46, 5e-324])
+)
+others = st.one_of(st.booleans(), st.none(), st.text(max_size=3), st.lists(numbers, max_size=2), st.dictionaries(st.text(max_size=1), numbers, max_size=3))
+
+
+@st.composite
+def nearly_frames(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
+    """Frames as JSON has them: right, or with one thing put where it does not belong."""
+    value: Any = draw(st.lists(_nested(shape), min_size=1, max_size=3))
+    at = value
+    if len(shape) > 1 and shape[0] > 1 and draw(st.integers(0, 3)) == 0:
+        value[-1][-1].append(value[-1][0].pop())  # as many numbers as before, in lists of other lengths
+    while draw(st.booleans()) and isinstance(at, list) and at:
+        i = draw(st.integers(0, len(at) - 1))
+        if draw(st.integers(0, 3)) == 0:
+            at[i] = draw(others)
+            break
+        at = at[i]
+    return value
+
+
+def _nested(shape: tuple[int, ...]) -> st.SearchStrategy[Any]:
+    usual = st.floats(-3, 3, width=32)
+    element = st.one_of(usual, usual, usual, numbers) if len(shape) == 1 else _nested(shape[1:])
+    return st.lists(element, min_size=shape[0], max_size=shape[0])
+
+
+@pytest.mark.parametrize(
+    "toy", [CHANNELS, GAPPY_CHANNELS, Toy(shape=(2, 3)), Toy(shape=(2, 2, 2)), Toy(shape=(1,))], ids=lambda toy: f"{toy.shape}{toy.missing}"
+)
+def test_the_fast_path_of_json_says_what_the_slow_one_says(toy: Toy) -> None:
+    one = reader(toy)
+
+    def outcome(read: Any) -> Any:
+        try:
+            return read().tobytes()
+        except ServiceError as error:
+            return type(error), error.message, error.facts
+
+    def slowly(value: Any) -> Any:
+        values = _flatten(value, (len(value), *one.shape), "frames")
+        return one._checked(np.array(list(values), np.float64).reshape(-1, *one.shape), 5)
+
+    @settings(deadline=None)
+    @given(nearly_frames(toy.shape))
+    def same(value: Any) -> None:
+        text = orjson.dumps(value)
+        value = orjson.loads(text)
+        expected = outcome(lambda: slowly(value))
+        assert outcome(lambda: one.from_json(value, 5)) == expected
+        assert outcome(lambda: one.from_json(value, 5, literals=any(literal in text for literal in (b"true", b"false", b"null")))) == expected
+
+    same()
