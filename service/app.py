@@ -32,6 +32,7 @@ from service.sequences import Sequences
 from service.settings import Settings
 from service.shortcut import Shortcut
 from service.streaming import Sockets
+from service.tracing import Traces, start_traces
 
 log = structlog.get_logger("app")
 
@@ -51,10 +52,14 @@ Every error is `{"error": "one line for a person", "code": "...", ...}`.
 def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
     """The service as an ASGI application; its lifespan starts and stops the predictor."""
 
+    predictor.traces = traces = start_traces(settings, predictor.metrics)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with predictor:
             yield
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     app = FastAPI(title="IndRNN service", description=_DESCRIPTION, version="1", lifespan=lifespan, separate_input_output_schemas=False, redirect_slashes=False)
     gate = Gate(settings)
@@ -69,7 +74,7 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
         await sockets.serve(websocket, name)
 
     app.add_middleware(Shortcut, routes=HOT)
-    app.add_middleware(Edge, gate=gate, metrics=predictor.metrics)
+    app.add_middleware(Edge, gate=gate, metrics=predictor.metrics, traces=traces)
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refuse)
     return app
@@ -78,16 +83,19 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
 class Edge:
     """Around every HTTP request: the token, a request id, figures, and an answer that tells nothing when our own code fails."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, metrics: Metrics, traces: Traces | None) -> None:
         self._app = app
         self._gate = gate
         self._metrics = metrics
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request_id, began, status = secrets.token_hex(8), time.perf_counter(), 0
         notes.begin(request=request_id)
+        if self._traces is not None:
+            self._traces.begin(Headers(scope=scope))
         if scope["method"] == "HEAD":  # as GET; the server leaves the body out
             scope = {**scope, "method": "GET"}
 
@@ -115,6 +123,8 @@ class Edge:
         route, seconds = _route(scope), time.perf_counter() - began
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
+        if self._traces is not None:
+            self._traces.request(scope["method"], route, status, seconds)
         log.debug("request", method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 2))
 
     def _authorise(self, scope: Scope) -> None:

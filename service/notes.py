@@ -31,6 +31,11 @@ def note(**facts: Any) -> None:
         notes.update(facts)
 
 
+def current() -> Mapping[str, Any]:
+    """The notes of the work under way, empty where there are none."""
+    return _current.get() or {}
+
+
 def spoken(notes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The notes as they may be shown, those under way unless others are given: whatever has a digest stands as that."""
     shown = _current.get() if notes is None else notes

@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import StartupError
@@ -20,7 +21,7 @@ Seconds = Annotated[float, Field(allow_inf_nan=False)]
 class Settings(BaseSettings):
     """Every setting of the service; the variable is the field's name in capitals after `INDRNN_`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, populate_by_name=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -53,6 +54,11 @@ class Settings(BaseSettings):
     drain_s: Seconds = Field(5.0, ge=0, description="seconds that messages under way get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON lines")
+    traces: str | None = Field(
+        None,
+        validation_alias=AliasChoices("INDRNN_TRACES", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        description="OpenTelemetry collector that takes traces (OTLP over HTTP), such as http://127.0.0.1:4318; needs the extra otel; default: no traces",
+    )
     workers: int = Field(1, description="processes; only 1 until sessions have a shared store")
 
     @field_validator("origins", mode="before")
@@ -65,6 +71,13 @@ class Settings(BaseSettings):
     def _one_worker(cls, value: int) -> int:
         if value != 1:
             raise ValueError("only 1 is possible: sessions live in one process's memory, and a second worker would not find them")
+        return value
+
+    @field_validator("traces")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in ("http", "https"):
+            raise ValueError("the address of an OpenTelemetry collector that speaks HTTP is needed, such as http://127.0.0.1:4318")
         return value
 
     @field_validator("token", "management_token")
@@ -102,7 +115,7 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
 
 
 def _describe(fault: Any, overrides: Mapping[str, Any]) -> str:
-    name = str(fault["loc"][0])
+    name = str(fault["loc"][0]).removeprefix(PREFIX).lower()  # a setting with several variables stands as the first of them
     given_on_command_line = overrides.get(name) is not None
     spoken = "--" + name.replace("_", "-") if given_on_command_line else PREFIX + name.upper()
     shown = "" if "token" in name else f" (got {fault['input']!r})"
