@@ -6,7 +6,6 @@ python -m tests.bench [--rounds 3] [--seconds 3] [--json FILE] [--quick]
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import sys
 import tempfile
@@ -19,7 +18,6 @@ if __package__ in (None, ""):  # run as `python tests/bench`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,14 +26,13 @@ from model.contract import MANIFEST_KEY, Manifest
 from tests import toy_models
 from tests.bench import programs
 from tests.bench.alone import Alone
+from tests.bench.dialects import Streaming
 from tests.bench.figures import Figure, Report, Variant, conditions
-from tests.bench.load import Result
-
-Floats = npt.NDArray[np.float32]
+from tests.bench.load import Group, LoadError, Result, messages
+from tests.bench.load import run as run_load
 
 STREAMS = (1, 16, 64)
 CORES = 2
-MESSAGES = 64  # different ones; streams begin at different places in them
 CHECKED = 8  # messages of each stream whose scores are compared with onnxruntime's
 VARIANTS = (
     *(Variant(who, streams) for streams in STREAMS for who in ("alone", "echo", "service")),
@@ -52,12 +49,8 @@ class Bench:
         self.models = folder / "models"
         path = toy_models.write_toy(self.models, "bench", toy)
         self.manifest = _manifest(path)
-        most = max(variant.per_message for variant in VARIANTS)
-        self.frames = toy_models.example_frames(toy, MESSAGES * most)
+        self.frames = toy_models.example_frames(toy, 512)
         self.alone = Alone(path, self.manifest)
-        file = folder / "frames.f32"
-        self.frames.astype("<f4").tofile(file)
-        self.shape = programs.Shape(file, self.frames[0].nbytes, 4 * len(self.manifest.classes))
         self.urls: dict[str, str] = {}
 
     def measure(self, variant: Variant) -> Figure:
@@ -68,17 +61,21 @@ class Bench:
         return Figure(result.frames_per_s, result.p50_ms, result.p99_ms, result.client_us)
 
     def _load(self, variant: Variant, seconds: float, record: int = 0) -> Result:
-        url = f"{self.urls[variant.who]}/v1/models/bench/stream"
-        return programs.load(url, self.shape, variant.streams, variant.per_message, seconds, warmup=self.args.warmup, record=record)
+        group = Group(self._dialect(variant.who), variant.streams, variant.per_message)
+        return run_load([group], self.frames, seconds, warmup=self.args.warmup, record=record)[0]
+
+    def _dialect(self, who: str) -> Streaming:
+        return Streaming(self.urls[who], len(self.manifest.classes), bare=who == "echo")
 
     def equality(self) -> dict[str, Any]:
         """How far the scores of streams served together are from onnxruntime's for each alone, frame by frame."""
         largest, same, answers = 0.0, True, 0
         for variant in (Variant("service", 64), Variant("service", 64, 8)):
-            chunks = self.frames.reshape(-1, variant.per_message, *self.frames.shape[1:])
+            chunks, dialect = messages(self.frames, variant.per_message), self._dialect("service")
             for index, recorded in enumerate(self._load(variant, 0.1, CHECKED).recorded):
                 expected = self.alone.stream([chunks[(index + i) % len(chunks)] for i in range(len(recorded))])
-                for want, got in zip(expected, map(_scores, recorded), strict=True):
+                for number, (want, answer) in enumerate(zip(expected, recorded, strict=True), 1):
+                    got = dialect.scores(answer, number * variant.per_message)
                     largest, same, answers = max(largest, float(np.abs(want - got).max())), same and np.array_equal(want, got), answers + 1
         return {"answers": answers, "largest_difference": largest, "same_bits": same}
 
@@ -88,7 +85,7 @@ def run(args: argparse.Namespace, console: Console) -> Report:
     with ExitStack() as stack:
         bench = Bench(Path(stack.enter_context(tempfile.TemporaryDirectory())), toy_models.WIDE, args)
         bench.urls["service"] = stack.enter_context(programs.service(bench.models))
-        bench.urls["echo"] = stack.enter_context(programs.echo(bench.shape.answer_bytes))
+        bench.urls["echo"] = stack.enter_context(programs.echo(4 * len(bench.manifest.classes)))
         model = f"{toy_models.WIDE.layers} x {toy_models.WIDE.units}, {toy_models.WIDE.shape[0]} inputs, {len(toy_models.WIDE.classes)} classes"
         report = Report(conditions(cores, model=model, rounds=args.rounds, seconds=args.seconds))
         report.equality = bench.equality()
@@ -115,10 +112,6 @@ def _manifest(path: Path) -> Manifest:
     return Manifest.from_json(properties[MANIFEST_KEY])
 
 
-def _scores(recorded: str) -> Floats:
-    return np.frombuffer(base64.b64decode(recorded), "<f4")
-
-
 def show(report: Report, console: Console) -> None:
     console.print(report.absolute_table(), report.ratio_table())
     same = "same bits" if report.equality["same_bits"] else f"largest difference {report.equality['largest_difference']:.2g}"
@@ -141,7 +134,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, console = arguments(), Console()
-    report = run(args, console)
+    try:
+        report = run(args, console)
+    except LoadError as error:
+        sys.exit(f"bench: {error}")
     show(report, console)
     if args.json:
         args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.bench.figures import Figure, Report, Variant
-from tests.bench.load import BINARY, LoadError, Wire, client_message
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,14 +36,3 @@ def test_ratios_are_medians_of_the_ratios_within_rounds() -> None:
             report.add(Variant(who, 1), Figure(frames_per_s, p50_ms=1000 / frames_per_s, p99_ms=1.0))
     assert report.ratio(Variant("service", 1), Variant("echo", 1)) == pytest.approx(0.1)
     assert report.round_trip_ratio() == pytest.approx(50 / (2.5 + 20))  # the others are 100 / (10 + 20) and 33.3 / (10 + 20)
-
-
-def test_messages_are_masked_websocket_frames_of_every_length() -> None:
-    assert client_message(BINARY, b"ab") == b"\x82\x82\0\0\0\0ab"
-    assert client_message(BINARY, bytes(300))[:8] == b"\x82\xfe\x01\x2c\0\0\0\0"
-    assert client_message(BINARY, bytes(70000))[:10] == b"\x82\xff" + (70000).to_bytes(8, "big")
-
-
-def test_load_goes_to_loopback_only() -> None:
-    with pytest.raises(LoadError, match="loopback"):
-        Wire("ws://192.0.2.1:80/", "stream 0")
