@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,15 +22,18 @@ from starlette.websockets import WebSocket
 from service import notes
 from service.errors import Draining, Malformed, MethodNotAllowed, NotFound, ServiceError, Unauthenticated
 from service.gate import Gate
+from service.history import History
 from service.metrics import Metrics
-from service.open_inference import HOT
+from service.open_inference import HOT as HOT_TENSORS
 from service.open_inference import router as open_inference
 from service.predictor import Predictor
 from service.protocol import encode
+from service.routes import HOT as HOT_FRAMES
 from service.routes import router
 from service.sequences import Sequences
 from service.settings import Settings
-from service.shortcut import Shortcut
+from service.shortcut import Service
+from service.stats import router as stats
 from service.streaming import Sockets
 from service.tracing import Traces, start_traces
 
@@ -52,29 +55,33 @@ Every error is `{"error": "one line for a person", "code": "...", ...}`.
 def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
     """The service as an ASGI application; its lifespan starts and stops the predictor."""
 
+    history = History(predictor.metrics)
     predictor.traces = traces = start_traces(settings, predictor.metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with predictor:
+        async with predictor, history:
             yield
         if traces is not None:
             await asyncio.to_thread(traces.close)
 
-    app = FastAPI(title="IndRNN service", description=_DESCRIPTION, version="1", lifespan=lifespan, separate_input_output_schemas=False, redirect_slashes=False)
+    app = Service(title="IndRNN service", description=_DESCRIPTION, version="1", lifespan=lifespan, separate_input_output_schemas=False, redirect_slashes=False)
     gate = Gate(settings)
     sockets = Sockets(predictor, gate, settings.connections)
     app.state.predictor, app.state.settings, app.state.gate, app.state.sockets = predictor, settings, gate, sockets
+    app.state.history = history
     app.state.sequences = Sequences(predictor, settings.restart_sequences)
     app.include_router(router)
+    app.include_router(stats)
     app.include_router(open_inference)
 
     @app.websocket("/v1/models/{name}/stream")
     async def stream(websocket: WebSocket, name: str) -> None:
         await sockets.serve(websocket, name)
 
-    app.add_middleware(Shortcut, routes=HOT)
-    app.add_middleware(Edge, gate=gate, metrics=predictor.metrics, traces=traces)
+    edge = Edge(gate, predictor.metrics, traces)
+    app.add_middleware(Inside, edge=edge)
+    app.open_shortcut([*HOT_FRAMES, *HOT_TENSORS], edge.around)
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refuse)
     return app
@@ -83,16 +90,15 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
 class Edge:
     """Around every HTTP request: the token, a request id, figures, and an answer that tells nothing when our own code fails."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, metrics: Metrics, traces: Traces | None) -> None:
-        self._app = app
+    def __init__(self, gate: Gate, metrics: Metrics, traces: Traces | None) -> None:
         self._gate = gate
         self._metrics = metrics
         self._traces = traces
+        self._counts: dict[tuple[str, int], tuple[Counter, Observer]] = {}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        request_id, began, status = secrets.token_hex(8), time.perf_counter(), 0
+    async def around(self, scope: Scope, receive: Receive, send: Send, app: ASGIApp) -> None:
+        """`app` answers the request, or raises."""
+        request_id, began, status = f"{random.getrandbits(64):016x}", time.perf_counter(), 0
         notes.begin(request=request_id)
         if self._traces is not None:
             self._traces.begin(Headers(scope=scope))
@@ -108,7 +114,7 @@ class Edge:
 
         try:
             self._authorise(scope)
-            await self._app(scope, receive, sending)
+            await app(scope, receive, sending)
         except ServiceError as error:
             await self._answer(error, scope, receive, sending)
         except ClientDisconnect:  # in the middle of its body: nobody is left to be answered
@@ -121,14 +127,25 @@ class Edge:
             if not status:
                 await self._answer(ServiceError(request=request_id), scope, receive, sending)
         route, seconds = _route(scope), time.perf_counter() - began
-        self._metrics.requests.labels(route, str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        self._count(route, status, seconds)
         if self._traces is not None:
             self._traces.request(scope["method"], route, status, seconds)
-        log.debug("request", method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 2))
+        if self._spoken:
+            log.debug("request", method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 2))
+
+    def _count(self, route: str, status: int, seconds: float) -> None:
+        found = self._counts.get((route, status))
+        if found is None:  # to look a metric's labels up takes longer than to count
+            found = self._metrics.requests.labels(route, str(status)), self._metrics.request_seconds.labels(route)
+            self._counts[route, status] = found
+        found[0].inc()
+        found[1].observe(seconds)
 
     def _authorise(self, scope: Scope) -> None:
         state = scope.setdefault("state", {})
+        if not self._gate.asks:
+            state["authorised"] = True
+            return
         try:
             self._gate.check_token(Headers(scope=scope))
             state["authorised"] = True
@@ -140,6 +157,19 @@ class Edge:
     async def _answer(self, error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics.errors.labels(error.code).inc()
         await error_response(error)(scope, receive, send)
+
+
+class Inside:
+    """The edge around what takes the long way, inside of what FastAPI puts around everything."""
+
+    def __init__(self, app: ASGIApp, edge: Edge) -> None:
+        self._app = app
+        self._edge = edge
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        await self._edge.around(scope, receive, send, self._app)
 
 
 def error_response(error: ServiceError) -> Response:

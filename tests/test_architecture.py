@@ -41,7 +41,7 @@ LAYERS = {
     "service": [
         ["histogram", "notes"],
         ["errors", "metrics", "logs", "detector", "statistics", "shortcut", "roles", "backoff"],
-        ["settings", "options", "resampler", "compression", "store", "client_values", "client_errors"],
+        ["settings", "history", "options", "resampler", "compression", "store", "client_values", "client_errors"],
         ["progress", "record", "store_memory", "store_sqlite", "store_redis", "checkpoints"],
         ["engine", "batcher", "sessions", "protocol", "frames", "gate", "stores"],
         ["model_files", "bodies", "schemas", "tensors", "metadata", "tracing", "client_ledger", "client_socket"],
@@ -51,7 +51,7 @@ LAYERS = {
         ["predictor", "client_stream"],
         ["app_state", "tracks", "sequences", "clips", "client_tracks"],
         ["calls"],
-        ["routes", "open_inference", "streaming", "client_async"],
+        ["routes", "stats", "open_inference", "streaming", "client_async"],
         ["app", "client"],
         ["server", "player"],
         ["__main__"],
