@@ -11,7 +11,8 @@ A store holds for each session one record, as bytes it does not read, and says w
 - Nothing there is no refusal: a store that was emptied is filled again by those who serve the sessions. So a new session under an id that nobody can
   guess needs no `attach`: its first save, with epoch 1, makes it known. A session that was ended leaves a mark for a while instead, so that late
   writes do not bring it back.
-- A session begun anew under its id, whose frames count from 0 again, must be attached again, or its saves are `STALE`.
+- Whoever attaches may save from any frame on; after that, its frames do not go back. So a session begun anew under its id, whose frames count from 0
+  again, is attached again, or its saves are `STALE`.
 
 Records expire `idle_s` after the last attach, save or touch, and `age_s` after the session was first stored.
 

@@ -46,8 +46,7 @@ class MemoryStore:
             epoch = 1 if held is None else held.mark.epoch + 1
             held = self.records[key(session_id)] = Held(Mark(epoch, self.settings.owner), None, self._clock(), 0.0)
         else:
-            mark = held.mark
-            held.mark = Mark(mark.epoch + 1, self.settings.owner, mark.next_frame, mark.sequence)
+            held.mark = Mark(held.mark.epoch + 1, self.settings.owner)
         self._keep(held)
         return Attached(held.mark.epoch, held.record)
 

@@ -180,6 +180,22 @@ def test_a_reset_during_a_cut_does_not_outlive_the_cut(place: Place) -> None:
     place.run(scenario)
 
 
+def test_a_new_owner_counts_from_where_it_likes(place: Place) -> None:
+    """Its sequences are its own; a session that begins anew under its id counts frames from 0."""
+
+    async def scenario(place: Place) -> None:
+        old, new = await place.owner(), await place.owner()
+        await old.attach("s")
+        assert await old.save([at(8, sequence=500)]) == [SAVED]
+        assert await new.attach("s") == Attached(2, at(8, sequence=500).record)
+        assert await new.save([at(8, epoch=2, sequence=1)]) == [SAVED]
+        assert await new.attach("s") == Attached(3, at(8, epoch=2, sequence=1).record)
+        assert await new.save([at(0, epoch=3, sequence=2)]) == [SAVED]
+        assert await new.save([at(8, epoch=2, sequence=3)]) == [FENCED]
+
+    place.run(scenario)
+
+
 def test_a_save_fills_a_store_that_knows_nothing(place: Place) -> None:
     async def scenario(place: Place) -> None:
         old, new = await place.owner(), await place.owner()
