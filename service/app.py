@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,6 +23,7 @@ from starlette.websockets import WebSocket
 from service import notes
 from service.errors import Draining, Malformed, MethodNotAllowed, NotFound, ServiceError, Unauthenticated
 from service.gate import Gate
+from service.histogram import Distribution
 from service.history import History
 from service.metrics import Metrics
 from service.open_inference import HOT as HOT_TENSORS
@@ -79,7 +81,7 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
     async def stream(websocket: WebSocket, name: str) -> None:
         await sockets.serve(websocket, name)
 
-    edge = Edge(gate, predictor.metrics, traces)
+    edge = Edge(gate, predictor.metrics, traces, spoken=settings.log_level == "debug")
     app.add_middleware(Inside, edge=edge)
     app.open_shortcut([*HOT_FRAMES, *HOT_TENSORS], edge.around)
     for kind in (ServiceError, HTTPException, RequestValidationError):
@@ -90,11 +92,12 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
 class Edge:
     """Around every HTTP request: the token, a request id, figures, and an answer that tells nothing when our own code fails."""
 
-    def __init__(self, gate: Gate, metrics: Metrics, traces: Traces | None) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics, traces: Traces | None, spoken: bool) -> None:
         self._gate = gate
         self._metrics = metrics
         self._traces = traces
-        self._counts: dict[tuple[str, int], tuple[Counter, Observer]] = {}
+        self._spoken = spoken  # whether anybody listens to debug lines
+        self._counts: dict[tuple[str, int], tuple[Counter, Distribution]] = {}
 
     async def around(self, scope: Scope, receive: Receive, send: Send, app: ASGIApp) -> None:
         """`app` answers the request, or raises."""

@@ -25,6 +25,11 @@ class Gate:
         self._management = _bytes(settings.management_token)
         self._origins = settings.origins
 
+    @property
+    def asks(self) -> bool:
+        """Whether a token is asked for."""
+        return self._token is not None
+
     def check_token(self, headers: Mapping[str, str], subprotocols: Iterable[str] = ()) -> None:
         """Raises `Unauthenticated` unless no token is asked for or one was sent."""
         if self._token is None:

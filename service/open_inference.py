@@ -6,7 +6,7 @@ Bodies are read without regard to their content type, which its clients do not s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,13 +15,14 @@ from fastapi.routing import APIRoute
 from model.contract import FRAMES
 from service import calls
 from service.app_state import gate_of, predictor_of, settings_of
-from service.bodies import read_body
+from service.bodies import headers_of, read_body
 from service.compression import ENCODINGS, deflate, inflate
 from service.errors import Malformed, NotSupported
 from service.metadata import INPUTS, OUTPUTS, model_config, server_metadata
 from service.protocol import encode, read_object
 from service.runner import Runner
 from service.schemas import refusals
+from service.shortcut import Hot, Ready
 from service.tensors import InferRequest, read_request, write_response
 
 router = APIRouter(tags=["open inference"])
@@ -29,7 +30,7 @@ router = APIRouter(tags=["open inference"])
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 _LARGE = 2**20  # bytes; bodies above are read and written in a thread, so that the event loop goes on
-_LENGTH = "inference-header-content-length"
+_LENGTH = b"inference-header-content-length"
 _BODY = {"requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}}
 _INFER_BODY = {
     "requestBody": {
@@ -127,19 +128,21 @@ async def infer(request: Request) -> Response:
     """
     if not predictor_of(request).models.at_work(request.path_params["name"]):
         _runner(request)  # raises: an unknown model is said before a long body is read
-    asked, size = await _read(request)
-    if asked.step is not None:
+    headers = headers_of(request)
+    asked, size = await _read(request, headers)
+    if asked.step is not None and b"origin" in headers:
         gate_of(request).check_origin(request.headers)  # the id may be guessed, by any page that the user has open
     name = request.path_params["name"]
     done = await calls.infer(predictor_of(request), request.app.state.sequences, name, request.path_params.get("version"), asked, size)
-    return await _write(request, *write_response(asked, name, done.version, done.parameters, done.outputs))
+    return await _write(headers, *write_response(asked, name, done.version, done.parameters, done.outputs))
 
 
-async def _read(request: Request) -> tuple[InferRequest, int]:
+async def _read(request: Request, headers: Mapping[bytes, bytes]) -> tuple[InferRequest, int]:
     """The request, and how many bytes it had."""
     limit = settings_of(request).body_bytes
-    encoding, length = request.headers.get("content-encoding", ""), request.headers.get(_LENGTH)
-    body = await read_body(request, limit)
+    encoding, announced = headers.get(b"content-encoding", b"").decode("latin-1"), headers.get(_LENGTH)
+    length = None if announced is None else announced.decode("latin-1")
+    body = await read_body(request, limit, headers)
 
     def read() -> tuple[InferRequest, int]:
         plain = inflate(body, encoding, limit)
@@ -148,14 +151,14 @@ async def _read(request: Request) -> tuple[InferRequest, int]:
     return read() if len(body) <= _LARGE and not encoding else await asyncio.to_thread(read)
 
 
-async def _write(request: Request, body: bytes, length: int | None) -> Response:
+async def _write(asked: Mapping[bytes, bytes], body: bytes, length: int | None) -> Response:
     """Compressed only where just one encoding is asked for: some clients name what they cannot read."""
-    headers = {} if length is None else {_LENGTH: str(length)}
-    encoding = request.headers.get("accept-encoding", "")
+    headers = [] if length is None else [(_LENGTH, b"%d" % length)]
+    encoding = asked.get(b"accept-encoding", b"").decode("latin-1")
     if encoding in ENCODINGS:
         body = await asyncio.to_thread(deflate, body, encoding) if len(body) > _LARGE else deflate(body, encoding)
-        headers |= {"content-encoding": encoding, "vary": "accept-encoding"}
-    return Response(body, 200, headers, "application/json" if length is None else "application/octet-stream")
+        headers += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
+    return Ready(body, b"application/json" if length is None else b"application/octet-stream", headers)
 
 
 # The model repository
@@ -199,7 +202,11 @@ for _path in ("generate", "generate_stream"):
     router.add_api_route(f"/v2/models/{{name}}/versions/{{version}}/{_path}", not_supported, methods=["POST"], include_in_schema=False)
 
 
-HOT = [route for route in router.routes if isinstance(route, APIRoute) and route.endpoint is infer]
+async def _infer(request: Request, _: tuple[()]) -> Response:
+    return await infer(request)
+
+
+HOT = [Hot(route, lambda query: (), _infer) for route in router.routes if isinstance(route, APIRoute) and route.endpoint is infer]
 
 
 async def _read_fields(request: Request) -> dict[str, Any]:

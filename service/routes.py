@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 
 from service import schemas
 from service.app_state import gate_of, predictor_of, settings_of
@@ -19,9 +22,11 @@ from service.record import Record
 from service.schemas import frames_body, json_body, refusals
 from service.sequences import may_be_guessed
 from service.sessions import Cause, Session
+from service.shortcut import Hot, Ready
 
 router = APIRouter()
 _DEFAULTS = Options()
+_Query = TypeVar("_Query", bound=schemas.AnswerQuery)
 _VERSION_BODY = {
     "requestBody": {
         "required": False,
@@ -112,11 +117,15 @@ async def unload(request: Request, name: str) -> Response:
 )
 async def predict(request: Request, name: str, query: Annotated[schemas.StreamQuery, Query()]) -> Response:
     """Runs all frames from the zero state. Nothing is kept: for streams, open a session."""
-    predictor = predictor_of(request)
-    predictor.runner(name, query.version)  # an unknown model is said before a long body is read
+    return await _predict(request, (query.version, _given(query)))
+
+
+async def _predict(request: Request, asked: _Clip) -> Response:
+    predictor, name, (version, options) = predictor_of(request), request.path_params["name"], asked
+    predictor.runner(name, version)  # an unknown model is said before a long body is read
     payload, fields = await read_frames_body(request, settings_of(request).body_bytes, (), ("t",))
     payload.t = fields.get("t")
-    return _answer(await predictor.predict(name, query.version, payload, _options(query, _DEFAULTS)))
+    return _answer(await predictor.predict(name, version, payload, _options(options, _DEFAULTS)))
 
 
 @router.post(
@@ -136,7 +145,7 @@ async def open_session(request: Request, name: str, query: Annotated[schemas.Str
     predictor = predictor_of(request)
     if media_type(request) == "application/octet-stream":
         return await _restore(request, name, query)
-    options, version = _options(query, _DEFAULTS), query.version
+    options, version = _options(_given(query), _DEFAULTS), query.version
     if body := await read_body(request, 64 * 1024):
         fields = read_json(body, (), ("version", *NAMES))
         version = _version(fields.pop("version", None)) or version
@@ -164,17 +173,21 @@ async def _restore(request: Request, name: str, query: schemas.StreamQuery) -> R
 )
 async def step(request: Request, session_id: str, query: Annotated[schemas.StepQuery, Query()]) -> Response:
     """Safe to repeat: frames that were taken are not run again, their kept answers are sent. A message that fails changes nothing."""
-    predictor, session = predictor_of(request), _session(request, session_id)
+    return await _step(request, (query.first, query.ack, _given(query)))
+
+
+async def _step(request: Request, asked: _Frames) -> Response:
+    predictor, session = predictor_of(request), _session(request, request.path_params["session_id"])
     payload, fields = await read_frames_body(request, settings_of(request).body_bytes, ("first",), ("ack", "t"))
-    payload.t = fields.get("t")
-    if not fields:
-        if query.first is None:
-            raise Malformed("a binary body needs ?first=, the number of its first frame")
-        fields = {"first": query.first, "ack": query.ack}
-    first = frame_number(fields["first"], "first")
-    ack = None if fields.get("ack") is None else frame_number(fields["ack"], "ack")
+    first, ack, options = asked
+    if fields:
+        payload.t = fields.get("t")
+        first = frame_number(fields["first"], "first")
+        ack = None if fields.get("ack") is None else frame_number(fields["ack"], "ack")
+    elif first is None:
+        raise Malformed("a binary body needs ?first=, the number of its first frame")
     count = len(payload.value) if isinstance(payload.value, list) else None
-    answer = await predictor.advance(session, first, count, payload, _options(query, session.options))
+    answer = await predictor.advance(session, first, count, payload, _options(options, session.options))
     if ack is not None:
         predictor.acknowledge(session, ack)
     return _answer(answer)
@@ -297,8 +310,74 @@ def _models(predictor: Predictor) -> dict[str, Any]:
     return {"models": served, "states": predictor.models.states(), "failed": [failure.to_dict() for failure in predictor.catalog.failures]}
 
 
-def _options(query: BaseModel, base: Options) -> Options:
-    return read_options(query.model_dump(include=set(NAMES), exclude_none=True), base)
+# Queries that come with every frame are read once and remembered. What is not plain goes the long way, on which FastAPI reads it or says what is wrong.
+
+
+_Given = tuple[tuple[str, Any], ...]  # options that the query names
+_Clip = tuple[str | None, _Given]  # version, options
+_Frames = tuple[int | None, int | None, _Given]  # first, ack, options
+_PLAIN = re.compile(rb"[A-Za-z0-9_.=&-]{0,200}")
+_PLACE = re.compile(rb"(?:^|&)(first|ack)=([0-9]{1,19})(?=&|$)")  # which differ from frame to frame
+_NO_FRAMES: _Frames = (None, None, ())
+
+
+def _given(query: BaseModel) -> _Given:
+    return tuple(query.model_dump(include=set(NAMES), exclude_none=True).items())
+
+
+def _options(given: _Given, base: Options) -> Options:
+    return _changed(given, base) if given else base
+
+
+@lru_cache(1024)
+def _changed(given: _Given, base: Options) -> Options:
+    return read_options(dict(given), base)
+
+
+def _read_frames_query(query: bytes) -> _Frames | None:
+    if not query:
+        return _NO_FRAMES
+    place = _PLACE.findall(query)
+    numbers = dict(place)
+    rest = _PLACE.sub(b"", query).removeprefix(b"&")
+    given = _read_answer_query(rest) if len(numbers) == len(place) and _PLAIN.fullmatch(rest) else None
+    if given is None:
+        return None
+    first, ack = (int(numbers[name]) if name in numbers else None for name in (b"first", b"ack"))
+    return first, ack, given
+
+
+def _read_clip_query(query: bytes) -> _Clip | None:
+    return _read_stream_query(query) if _PLAIN.fullmatch(query) else None
+
+
+@lru_cache(256)
+def _read_answer_query(query: bytes) -> _Given | None:
+    read = _read_query(schemas.AnswerQuery, query)
+    return None if read is None else _given(read)
+
+
+@lru_cache(256)
+def _read_stream_query(query: bytes) -> _Clip | None:
+    read = _read_query(schemas.StreamQuery, query)
+    return None if read is None else (read.version, _given(read))
+
+
+def _read_query(kind: type[_Query], query: bytes) -> _Query | None:
+    """The query if all of it is right and comes once."""
+    parts = [part.partition("=")[::2] for part in query.decode().split("&")] if query else []
+    try:
+        return kind.model_validate(dict(parts)) if len(dict(parts)) == len(parts) and all(map(all, parts)) else None
+    except ValidationError:
+        return None
+
+
+HOT = [
+    Hot(route, read, handle)
+    for endpoint, read, handle in ((step, _read_frames_query, _step), (predict, _read_clip_query, _predict))
+    for route in router.routes
+    if isinstance(route, APIRoute) and route.endpoint is endpoint
+]
 
 
 async def _managed_version(request: Request) -> str | None:
@@ -316,8 +395,8 @@ def _version(value: Any) -> str | None:
 
 def _answer(answer: Answer) -> Response:
     if answer.options.answers == "binary":
-        return Response(answer.to_binary(), media_type="application/octet-stream")
-    return Response(answer.to_json(), media_type="application/json")
+        return Ready(answer.to_binary(), b"application/octet-stream")
+    return Ready(answer.to_json())
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
