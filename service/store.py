@@ -94,6 +94,10 @@ class Mark:
     sequence: int = 0
     ended: bool = False
 
+    def may_end(self, epoch: int, owner: str) -> bool:
+        """Whether the owner of this epoch may end the session; ending it twice is no fault."""
+        return self.ended or epoch > self.epoch or (epoch, owner) == (self.epoch, self.owner)
+
 
 def decide(held: Mark | None, checkpoint: Checkpoint, owner: str) -> Outcome:
     """Whether the checkpoint of this owner may replace what the store holds; SAVED if so. Every store decides like this."""

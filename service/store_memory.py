@@ -81,7 +81,7 @@ class MemoryStore:
 
     async def end(self, session_id: str, epoch: int) -> bool:
         held = self._find(session_id)
-        if held is not None and not held.mark.ended and (held.mark.epoch, held.mark.owner) != (epoch, self.settings.owner) and held.mark.epoch >= epoch:
+        if held is not None and not held.mark.may_end(epoch, self.settings.owner):
             return False
         last = epoch if held is None else max(epoch, held.mark.epoch)
         now = self._clock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from service.errors import SessionNotFound
 from service.store import MOST_EPOCH, MOST_FRAMES, MOST_IN_BATCH, Attached, Checkpoint, Outcome, Store, StoreSettings, key
 from service.store_memory import MemoryStore, Records
+from service.store_sqlite import SqliteStore
 
 SAVED, FENCED, STALE, ENDED = Outcome.SAVED, Outcome.FENCED, Outcome.STALE, Outcome.ENDED
 
@@ -42,10 +44,14 @@ class Place:
         asyncio.run(whole())
 
 
-@pytest.fixture(params=["memory"])
-def place(request: pytest.FixtureRequest) -> Place:
-    records: Records = {}
-    return Place(lambda settings: MemoryStore(settings, records), StoreSettings())
+@pytest.fixture(params=["memory", "sqlite", "sqlite fsynced"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "memory":
+        records: Records = {}
+        return Place(lambda settings: MemoryStore(settings, records), StoreSettings())
+    if request.param == "sqlite":
+        return Place(lambda settings: SqliteStore(settings, tmp_path / "sessions"), StoreSettings())
+    return Place(lambda settings: SqliteStore(settings, tmp_path / "sessions"), StoreSettings(durability="fsynced"))
 
 
 def at(frame: int, epoch: int = 1, session: str = "s", sequence: int = 0) -> Checkpoint:
