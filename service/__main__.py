@@ -1,4 +1,4 @@
-"""`python -m service` serves; its subcommands talk to a service that runs."""
+"""`python -m service` serves; its subcommands talk to a service that runs, or measure what suits one."""
 
 from __future__ import annotations
 
@@ -66,6 +66,40 @@ def stream(
     from service.player import Options, run
 
     sys.exit(run(Options(file, model, url, fps, speed, chunk, token, layout, loop)))
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Option(help="Name of the model.")],
+    version: Annotated[str | None, typer.Option(help="Its version (default: the one that is served by default).")] = None,
+    models: Annotated[Path | None, typer.Option(help="Directory of models (default ./models where present); shipped models come after it.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cuda or cpu (default auto).")] = None,
+    batches: Annotated[str, typer.Option(help="Numbers of streams in a run, comma separated.")] = "1,2,4,8,16,32,64,128,256",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 15,
+    write: Annotated[Path | None, typer.Option(help="File of variables to put the settings into, such as .env for Docker; what else it holds stays.")] = None,
+) -> None:
+    """Measures which threads and batches suit a model on this machine; Ctrl-C shows what is known by then."""
+    from service.logs import configure_logs
+    from service.settings import load_settings
+
+    configure_logs("warning", "auto")
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+        if not all(1 <= size <= 4096 for size in sizes):
+            raise ValueError
+    except ValueError:
+        sys.exit(f"error: --batches: numbers from 1 to 4096 with commas between are needed, got {batches!r}")
+    try:
+        settings = load_settings(models=models, device=device)
+
+        from service.server import model_directories
+        from service.tune import run
+
+        sys.exit(run(model_directories(settings), settings, model, version, batches=sizes, rounds=rounds, to=write))
+    except StartupError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _serve(given: dict[str, Any]) -> None:

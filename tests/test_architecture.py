@@ -46,7 +46,7 @@ LAYERS = {
         ["engine", "batcher", "sessions", "protocol", "frames", "gate", "stores"],
         ["model_files", "bodies", "schemas", "tensors", "metadata", "tracing", "client_ledger", "client_socket"],
         ["catalog", "runner"],
-        ["repository"],
+        ["repository", "tune"],
         ["turn"],
         ["predictor", "client_stream"],
         ["app_state", "tracks", "sequences", "clips", "client_tracks"],
