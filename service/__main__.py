@@ -23,6 +23,7 @@ def serve(
     context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default 127.0.0.1).")] = None,
     port: Annotated[int | None, typer.Option(help="Port (default 8000); 0 takes a free one.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of gRPC (default: off); 0 takes a free one.")] = None,
     models: Annotated[
         Path | None, typer.Option(help="Directory of models, <name>/<version>/model.onnx (default ./models where present); shipped models come after it.")
     ] = None,

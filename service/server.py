@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import signal
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.catalog import SHIPPED, Catalog
 from service.errors import StartupError
+from service.grpc_server import GrpcServer
 from service.metrics import Metrics
 from service.predictor import Predictor
 from service.settings import Settings
@@ -31,6 +33,7 @@ def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM; raises `StartupError` when it cannot start."""
     with _listen(settings) as listening:
         host, port = settings.host, listening.getsockname()[1]
+        grpc = GrpcServer(settings)
         catalog = Catalog.load(model_directories(settings), settings.device, settings.threads)
         app = create_app(Predictor(catalog, settings, Metrics()), settings)
         config = uvicorn.Config(
@@ -46,7 +49,7 @@ def serve(settings: Settings) -> None:
             lifespan="on",
             timeout_graceful_shutdown=max(1, int(settings.drain_s)),
         )
-        server = _Server(config, app, settings)
+        server = _Server(config, app, settings, grpc)
         server.greeting = greeting(catalog, f"http://{_spoken(host)}:{port}", settings)
         server.run(sockets=[listening])
 
@@ -87,22 +90,28 @@ def _short(path: Path) -> Path:
 class _Server(uvicorn.Server):
     """uvicorn, but streams are told before their sockets close, and a signal is a normal end."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, grpc: GrpcServer) -> None:
         super().__init__(config)
         self.greeting = ""
         self._state = app.state
+        self._grpc = grpc
         self._drain_s = settings.drain_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(self.greeting, flush=True)
+        try:
+            await self._grpc.start(self._state)
+        except StartupError:
+            await self.shutdown(sockets)
+            raise
+        print(self.greeting + self._grpc.greeting, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("draining", sessions=len(self._state.predictor.sessions))
         for server in self.servers:
             server.close()
         self._state.predictor.draining = True
-        await self._state.sockets.drain(self._drain_s)
+        await asyncio.gather(self._state.sockets.drain(self._drain_s), self._grpc.stop())
         await self._state.predictor.drain()
         await super().shutdown(sockets)
         log.info("stopped")

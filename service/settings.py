@@ -25,6 +25,9 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="port of the Open Inference Protocol over gRPC (extra `grpc`); default: off; 0 takes a free one"
+    )
     models: Path | None = Field(
         None, description="directory of models, <name>/<version>/model.onnx; default ./models where present. Shipped models come after it"
     )

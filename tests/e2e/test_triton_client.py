@@ -472,7 +472,7 @@ def test_a_full_queue_changes_nothing(models: Path, tmp_path: Path) -> None:
 def test_the_readmes_example_runs_as_written(server: Server, tmp_path: Path) -> None:
     """In a process of its own, as whoever pastes it does."""
     readme = (ROOT / "service" / "README.md").read_text()
-    [code] = [one for one in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "tritonclient" in one]
+    [code] = [one for one in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "tritonclient.http" in one]
     script = tmp_path / "example.py"
     script.write_text(code.replace("127.0.0.1:8000", server.url.removeprefix("http://")))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)

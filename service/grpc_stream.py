@@ -1,0 +1,137 @@
+"""One bidirectional stream of requests: those of a sequence run in order, different sequences and clips side by side, each is answered.
+
+How much of a stream is under way is bounded: beyond that the stream is not read, so that HTTP/2 holds the client back. An answer counts until it
+is sent, so a client that does not read its answers waits, and holds up nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from service import notes
+from service.errors import Draining
+from service.grpc_tensors import sequence_of, size_of
+
+MOST_REQUESTS = 256  # of a stream that are under way: read, and their answers not yet sent
+MOST_BYTES = 16 * 2**20  # of their tensors; a single request may have more
+
+Answer = Callable[[Any, float], Awaitable[Any]]
+Line = deque[tuple[Any, float, int]]  # requests of one sequence with the times at which they came and their sizes
+
+
+class Stream:
+    """`read` gives the next message or `end`, `write` sends one, `answer` makes one of a request and the time at which it came (time.monotonic).
+
+    An error that `answer` raises ends the stream; what is wrong with one request only, it answers.
+    """
+
+    def __init__(self, read: Callable[[], Awaitable[Any]], write: Callable[[Any], Awaitable[None]], end: object, answer: Answer) -> None:
+        self._read, self._write, self._end, self._answer = read, write, end, answer
+        self._loop = asyncio.get_running_loop()
+        self._lines: dict[tuple[str, str, int | str], Line] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: deque[tuple[Any, int]] = deque()
+        self._requests = self._bytes = 0
+        self._changed = asyncio.Event()  # there is an answer to send, or nothing is under way any more
+        self._room = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+        self._fault: BaseException | None = None
+        self._draining = False
+
+    def drain(self) -> None:
+        """Reads nothing more; `run` raises `Draining` when everything that was read is answered."""
+        self._draining = True
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def run(self) -> None:
+        """Serves until the client has said all and has all answers. Raises `Draining`, or what `answer` raised."""
+        self._reader = self._start(self._take_all())
+        if self._draining:
+            self._reader.cancel()
+        try:
+            await self._send_all()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+        if self._fault is not None:
+            raise self._fault
+        if self._draining:
+            raise Draining("the service is shutting down", retry_after=5)
+
+    # Reading
+
+    async def _take_all(self) -> None:
+        while (message := await self._read()) is not self._end:
+            self._take(message)
+            while self._requests >= MOST_REQUESTS or self._bytes >= MOST_BYTES:
+                self._room.clear()
+                await self._room.wait()
+
+    def _take(self, message: Any) -> None:
+        size = size_of(message)
+        self._requests += 1
+        self._bytes += size
+        request = (message, time.monotonic(), size)
+        sequence = sequence_of(message)
+        if sequence is None:
+            self._start(self._run(deque([request])))
+            return
+        key = (message.model_name, type(sequence).__name__, sequence)
+        if (line := self._lines.get(key)) is not None:
+            line.append(request)
+        else:
+            line = self._lines[key] = deque([request])
+            self._start(self._run_sequence(key, line))
+
+    def _start(self, work: Any) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None and self._fault is None:
+            self._fault = fault
+        self._changed.set()
+
+    # Running
+
+    async def _run_sequence(self, key: tuple[str, str, int | str], line: Line) -> None:
+        try:
+            await self._run(line)
+        finally:
+            del self._lines[key]
+
+    async def _run(self, line: Line) -> None:
+        notes.branch()
+        while line:
+            message, came, size = line.popleft()
+            answer = await self._answer(message, came)
+            grown = answer.ByteSize()
+            self._bytes += grown - size
+            self._answers.append((answer, grown))
+            self._changed.set()
+
+    # Answering
+
+    async def _send_all(self) -> None:
+        """Sends answers until nothing is under way any more, or something went wrong."""
+        while self._fault is None:
+            while self._answers:
+                answer, size = self._answers.popleft()
+                await self._write(answer)
+                self._requests -= 1
+                self._bytes -= size
+                self._room.set()
+            if not self._tasks:
+                return
+            self._changed.clear()
+            await self._changed.wait()
