@@ -61,6 +61,7 @@ class Dialect:
     kind: ClassVar[int] = HTTP
     number: ClassVar[int] = NO_NUMBER
     opening: ClassVar[int] = 0  # frames that opening a stream takes
+    stateless: ClassVar[bool] = False  # whether every message begins from the zero state
 
     def open(self, count: int, first: Floats) -> list[Stream]:
         """`count` streams; `first` (1, ...) is the frame that is sent where opening takes one. Raises `LoadError`."""
@@ -156,7 +157,7 @@ class RestSteps(Dialect):
         return [Stream(wire, wire.head("POST", f"/v1/sessions/{name}/frames", Content_Type=JSON), name) for wire, name in zip(wires, names, strict=True)]
 
     def bodies(self, messages: Sequence[Floats]) -> list[Body]:
-        return [_json_body(b'{"first":%b,"frames":' % (b" " * DIGITS), message) for message in messages]
+        return [json_body(b'{"first":%b,"frames":' % (b" " * DIGITS), message) for message in messages]
 
     def close(self, streams: Sequence[Stream], first: Floats) -> None:
         for stream in streams:
@@ -166,7 +167,7 @@ class RestSteps(Dialect):
             stream.wire.socket.close()
 
     def _scores(self, answer: bytes, frames: int) -> Floats:
-        value = _object(answer)
+        value = read_object(answer)
         if not self.bare and value.get("frame") != frames - 1:
             raise LoadError(f"session: an answer for frame {frames - 1} was expected, not {answer[:200]!r}")
         return np.array(value.get("scores", ()), np.float32)
@@ -225,7 +226,7 @@ class SequenceSteps(Dialect):
 
     def _scores(self, answer: bytes, frames: int) -> Floats:
         if not self.bare:
-            step = _object(answer[: len(answer) - 4 * self.classes]).get("parameters", {}).get("sequence_step")
+            step = read_object(answer[: len(answer) - 4 * self.classes]).get("parameters", {}).get("sequence_step")
             if step != frames:
                 raise LoadError(f"sequence: step {frames} was expected, not {answer[:200]!r}")
         return super()._scores(answer, frames)
@@ -233,6 +234,8 @@ class SequenceSteps(Dialect):
 
 class Clips(Dialect):
     """Whole clips, binary, each from the zero state."""
+
+    stateless = True
 
     def open(self, count: int, first: Floats) -> list[Stream]:
         wires = [Http(self.url, f"client {index}") for index in range(count)]
@@ -251,13 +254,13 @@ def _with_length(body: bytes, number_at: int = 0) -> Body:
     return Body(head + body, len(head) + number_at)
 
 
-def _json_body(begin: bytes, message: Floats) -> Body:
+def json_body(begin: bytes, message: Floats) -> Body:
     """`begin` and the frames, each number with as many digits as tell its float32 from all others."""
     frames = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
     return _with_length(begin + frames + b"}", begin.find(b" " * DIGITS))
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def read_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except ValueError as error:

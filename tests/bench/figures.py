@@ -1,4 +1,4 @@
-"""What a run of the benchmark found: per round and variant, medians, and the ratios that are the result."""
+"""What a run of the benchmark found: per round and variant, medians, and ratios within the rounds. Tables and JSON of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -14,93 +15,107 @@ from typing import Any
 
 from rich.table import Table
 
-PACKAGES = ("onnxruntime", "uvicorn", "uvloop", "websockets", "fastapi", "numpy")
+PACKAGES = ("onnxruntime", "uvicorn", "uvloop", "websockets", "picows", "fastapi", "numpy")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing that is measured: `who` is alone (onnxruntime), echo or service."""
+    """One thing that is measured: `who` answers, `streams` of them ask, with `per_message` frames in each message, under some `circumstance`."""
 
     who: str
     streams: int
     per_message: int = 1
+    circumstance: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.who} {self.streams}" + (f" x {self.per_message}" if self.per_message > 1 else "")
+        return (
+            f"{self.who} {self.streams}" + (f" x {self.per_message}" if self.per_message > 1 else "") + (f", {self.circumstance}" if self.circumstance else "")
+        )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What one variant did in one round; `client_us` is the load generator's processor time for one message, None where there is none."""
+    """What one variant did in one round.
+
+    `client_us` is the load generator's processor time for one message; `share` the frames that the worst stream had answered of those it was
+    due; `padding` frames computed over frames taken. None where there is none. `note` says what a figure alone does not.
+    """
 
     frames_per_s: float
     p50_ms: float
     p99_ms: float
     client_us: float | None = None
+    share: float | None = None
+    padding: float | None = None
+    note: str = ""
 
 
 @dataclass
 class Report:
-    """All figures of a run by variant, one per round, and how far the service's scores were from onnxruntime's."""
+    """All figures of a run by variant and round, and what was measured once, by name."""
 
     conditions: dict[str, Any]
-    figures: dict[Variant, list[Figure]] = field(default_factory=dict)
-    equality: dict[str, Any] = field(default_factory=dict)
+    figures: dict[Variant, dict[int, Figure]] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, variant: Variant, figure: Figure) -> None:
-        self.figures.setdefault(variant, []).append(figure)
+    def add(self, variant: Variant, number: int, figure: Figure) -> None:
+        self.figures.setdefault(variant, {})[number] = figure
 
     def median(self, variant: Variant, what: str) -> float:
-        return float(median(getattr(figure, what) for figure in self.figures[variant]))
+        return float(median(getattr(figure, what) for figure in self.figures[variant].values()))
 
-    def ratio(self, above: Variant, below: Variant) -> float:
-        """Of frames per second: median of the ratios within each round, in which both were measured shortly after each other."""
-        pairs = zip(self.figures[above], self.figures[below], strict=True)
-        return median(a.frames_per_s / b.frames_per_s for a, b in pairs)
+    def within(self, variants: Sequence[Variant], value: Callable[..., float | None]) -> float | None:
+        """Median over rounds of `value` of these variants' figures, which were measured shortly after each other. None where no round has them all."""
+        rounds = set.intersection(*(set(self.figures.get(variant, {})) for variant in variants))
+        values = [value(*(self.figures[variant][number] for variant in variants)) for number in sorted(rounds)]
+        known = [one for one in values if one is not None]
+        return float(median(known)) if known else None
 
-    def round_trip_ratio(self) -> float:
-        """The service's round trip of one stream over that of the echo plus one step of onnxruntime."""
-        of = [self.figures[Variant(who, 1)] for who in ("service", "echo", "alone")]
-        return float(median(service.p50_ms / (echo.p50_ms + alone.p50_ms) for service, echo, alone in zip(*of, strict=True)))
+    def ratio(self, above: Variant, below: Variant) -> float | None:
+        """Of frames per second."""
+        return self.within([above, below], lambda one, other: one.frames_per_s / other.frames_per_s)
 
-    def ratios(self) -> dict[str, float]:
-        found = {"service 1: round trip over (echo + onnxruntime)": self.round_trip_ratio()}
-        for variant in self.figures:
-            if variant.who == "service":
-                found[f"{variant.name} over echo"] = self.ratio(variant, Variant("echo", variant.streams, variant.per_message))
-                found[f"{variant.name} over onnxruntime"] = self.ratio(variant, Variant("alone", variant.streams))
-        return found
+    def last(self, variant: Variant) -> Figure | None:
+        """The latest figure."""
+        found = self.figures.get(variant)
+        return found[next(reversed(found))] if found else None
 
     def to_dict(self) -> dict[str, Any]:
-        rounds = {variant.name: [vars(figure) for figure in figures] for variant, figures in self.figures.items()}
+        rounds = {variant.name: [{"round": number, **vars(figure)} for number, figure in found.items()] for variant, found in self.figures.items()}
         medians = {variant.name: {what: self.median(variant, what) for what in ("frames_per_s", "p50_ms", "p99_ms")} for variant in self.figures}
-        return {"conditions": self.conditions, "ratios": self.ratios(), "medians": medians, "equality": self.equality, "rounds": rounds}
+        return {"conditions": self.conditions, "medians": medians, "facts": self.facts, "rounds": rounds}
 
-    def absolute_table(self) -> Table:
-        table = Table("variant", title="medians")
+    def table(self) -> Table:
+        table = Table("variant", title="medians over rounds")
         for column in ("frames/s", "p50 ms", "p99 ms", "client us/message"):
             table.add_column(column, justify="right")
-        for variant, figures in self.figures.items():
-            cost = "" if figures[0].client_us is None else f"{self.median(variant, 'client_us'):.1f}"
-            row = [f"{self.median(variant, 'frames_per_s'):,.0f}".replace(",", " ")]
-            table.add_row(variant.name, *row, f"{self.median(variant, 'p50_ms'):.3f}", f"{self.median(variant, 'p99_ms'):.3f}", cost)
+        for variant, found in self.figures.items():
+            figure = next(iter(found.values()))
+            cost = "" if figure.client_us is None else f"{self.median(variant, 'client_us'):.1f}"
+            row = [spaced(self.median(variant, "frames_per_s")), *(f"{self.median(variant, what):.3f}" for what in ("p50_ms", "p99_ms"))]
+            table.add_row(variant.name + (f" ({figure.note})" if figure.note else ""), *row, cost)
         return table
 
-    def ratio_table(self) -> Table:
-        table = Table("measure", title="ratios, the result")
-        table.add_column("value", justify="right")
-        for name, value in self.ratios().items():
-            table.add_row(name, f"{value:.2f}")
-        return table
+
+def spaced(value: float) -> str:
+    """A whole number with a space between thousands."""
+    return f"{value:,.0f}".replace(",", " ")
 
 
 def conditions(cores: list[int], **more: Any) -> dict[str, Any]:
     """Date, machine and versions: what figures mean nothing without."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES}
     load = round(os.getloadavg()[0], 1)  # above 0.5 or so others were at work too: then only ratios mean something
     machine = {"date": date.today().isoformat(), "cpu": cpu_model(), "cores": len(cores), "load before": load, "system": platform.system()}
     return {**machine, "python": sys.version.split()[0], **versions, **more}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def cpu_model() -> str:

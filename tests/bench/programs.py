@@ -1,17 +1,32 @@
-"""The processes of a run: the service and the echo, each started, bounded in time and stopped here."""
+"""The processes of a run: each started, bounded in time and stopped here."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 START_S, STOP_S = 60.0, 15.0
+GREETING = "Serving on "  # and an address: how every program says that it takes requests
+
+
+@dataclass(frozen=True)
+class Program:
+    """A running server."""
+
+    url: str
+    process_id: int
+
+    def memory(self) -> int:
+        """Bytes of it that are in memory (VmRSS), its children left out."""
+        status = Path(f"/proc/{self.process_id}/status").read_text()
+        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
 
 def pin(cores: int) -> list[int]:
@@ -22,24 +37,28 @@ def pin(cores: int) -> list[int]:
 
 
 @contextmanager
-def service(models: Path) -> Iterator[str]:
-    """Our service on these models; gives its address."""
-    with _serving([sys.executable, "-m", "service", "--models", str(models), "--port", "0", "--device", "cpu", "--log-level", "warning"]) as url:
-        yield url
+def service(models: Path, **settings: object) -> Iterator[Program]:
+    """Our service on these models, as it ships but for `settings` (names as in the environment, without the prefix)."""
+    command = [sys.executable, "-m", "service", "--models", str(models), "--port", "0", "--device", "cpu", "--log-level", "warning"]
+    with serving(command, {f"INDRNN_{name.upper()}": str(value) for name, value in settings.items()}) as program:
+        yield program
 
 
 @contextmanager
-def echo(answer_bytes: int) -> Iterator[str]:
-    with _serving([sys.executable, str(HERE / "echo.py"), str(answer_bytes)]) as url:
-        yield url
+def script(name: str, *arguments: object) -> Iterator[Program]:
+    """A server of this folder."""
+    with serving([sys.executable, str(HERE / name), *map(str, arguments)]) as program:
+        yield program
 
 
 @contextmanager
-def _serving(command: list[str]) -> Iterator[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("INDRNN_")}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+def serving(command: list[str], environment: Mapping[str, str] | None = None) -> Iterator[Program]:
+    """Runs `command` until the block ends; begins when it has said where it serves."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith("INDRNN_")}
+    # In a session of its own: Ctrl-C ends the benchmark, which then stops it.
+    process = subprocess.Popen(command, cwd=ROOT, env={**base, **(environment or {})}, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        yield _address(process)
+        yield Program(_address(process), process.pid)
     finally:
         process.terminate()
         try:
@@ -52,6 +71,6 @@ def _serving(command: list[str]) -> Iterator[str]:
 def _address(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     for line in process.stdout:  # ends when the process does
-        if line.startswith("Serving on "):
-            return line.split()[2]
+        if line.startswith(GREETING):
+            return line.removeprefix(GREETING).split()[0]
     raise SystemExit(f"{process.args!r} ended with {process.wait(START_S)} before it served")

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -130,3 +131,20 @@ class Http:
         if response.status >= 300:
             raise LoadError(f"{self.subject}: {method} {path}: {response.status} {data[:300]!r}")
         return data
+
+    def ask_many(self, requests: Sequence[tuple[str, str, bytes]], **headers: str) -> list[bytes]:
+        """Sends all of (method, path, body) before it reads the first answer; the bodies of the answers, which must be good."""
+        heads = [self.head(method, path, Content_Length=str(len(body)), **headers) for method, path, body in requests]
+        self.socket.sendall(b"".join(head + b"\r\n" + body for head, (_, _, body) in zip(heads, requests, strict=True)))
+        answers = []
+        with self.socket.makefile("rb") as file:
+            for method, path, _ in requests:
+                status, length = file.readline(), 0
+                while (line := file.readline()) not in (b"\r\n", b""):
+                    name, _, value = line.partition(b":")
+                    if name.lower() == b"content-length":
+                        length = int(value)
+                answers.append(file.read(length))
+                if status.split(b" ")[1:2] not in ([b"200"], [b"201"]):
+                    raise LoadError(f"{self.subject}: {method} {path}: {status!r} {answers[-1][:300]!r}")
+        return answers
