@@ -1,9 +1,10 @@
-"""Continuous batching: whatever streams are ready form the next batch, as soon as the last one is done. Knows no tensors.
+"""Continuous batching: whatever streams are ready form the next batch, as soon as the model is free. Knows no tensors.
 
-One thread per model runs the batches. Only that thread touches the line of jobs, only the event loop touches the count of them:
-the two meet in a queue one way, once per turn of the event loop, and in one `call_soon_threadsafe` per batch the other way.
+The event loop forms batches and takes them apart; a thread does nothing but run the model, which needs no interpreter while it does. So answers are
+written and messages read while the next batch runs: where enough work is ready, a second batch waits at the thread's door, and the model does not
+stand still while the event loop is busy.
 
-Each way costs as much as a short step of a model. So work that is alone, and short as the last run shows, runs on the event loop itself.
+Going through the thread costs as much as a short step of a model. So work that is alone, and short as the last run shows, runs on the event loop itself.
 """
 
 from __future__ import annotations
@@ -14,235 +15,298 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
+
+import structlog
 
 from service.errors import Deadline, Draining, Overloaded
 
 MOST_STEPS = 32  # longest slice: a long chunk does not hold up streams that wait for one frame
 MOST_PADDED = 1024  # rows x steps of a batch, for the same reason
 WASTE = 1.5  # padded size over real frames
+AHEAD = 16  # jobs that are worth a batch of their own while another is running; fewer wait for more
 INLINE_S = 0.0003  # longest run that may hold up the event loop
+LOOK_S = 0.05  # how often those that wait are looked at for deadlines that have passed
 
-
-class Work(Protocol):
-    """What a batch is made of: `stream` tells whose frames they are (0: nobody else's), `frames` how many are left to run."""
-
-    @property
-    def stream(self) -> int: ...
-    @property
-    def frames(self) -> int: ...
+log = structlog.get_logger("batcher")
 
 
 class Job:
-    """One piece of work on its way; `settled` once nothing will happen to it any more."""
+    """One piece of work: `stream` tells whose frames they are (0: nobody else's), `frames` how many are left to run.
 
-    __slots__ = ("begun", "cancelled", "deadline", "error", "future", "queued", "settled", "work")
+    `done` is called once, on the event loop: with None when all frames ran, else with the error that this job alone gets.
+    """
 
-    def __init__(self, work: Any, deadline: float, future: asyncio.Future[None]) -> None:
-        self.work = work
+    __slots__ = ("begun", "cancelled", "deadline", "done", "frames", "queued", "stream")
+
+    def __init__(self, stream: int, frames: int, deadline: float, done: Callable[[BaseException | None], None]) -> None:
+        self.stream = stream
+        self.frames = frames
         self.deadline = deadline  # on time.monotonic's clock
-        self.future = future
+        self.done = done
         self.queued = time.monotonic()
-        self.begun = self.cancelled = self.settled = False
-        self.error: BaseException | None = None
+        self.begun = self.cancelled = False
 
 
-class Observer(Protocol):
-    """Told what happens, by whoever runs the batch."""
+class Model(Protocol):
+    """What runs batches. `prepare` and `commit` are called on the event loop, `compute` anywhere, for one batch at a time."""
 
-    def waited(self, seconds: float) -> None: ...
-    def ran(self, rows: int, seconds: float) -> None: ...
+    def prepare(self, jobs: Sequence[Any], steps: int) -> Any:
+        """What `compute` takes to advance each job by up to `steps` frames. While it runs another batch may be prepared, of other streams."""
+
+    def compute(self, prepared: Any) -> Any: ...
+
+    def commit(self, jobs: Sequence[Any], prepared: Any, result: Any, seconds: float) -> Sequence[Exception | None]:
+        """Takes the result, counts `frames` of each job down, and returns for each None or the error that it alone gets."""
 
 
-Step = Callable[[Sequence[Any], int], Sequence[Exception | None]]
+@dataclass(slots=True)
+class _Batch:
+    jobs: list[Any]
+    prepared: Any
+    steps: int
+    result: Any = None
+    error: Exception | None = None
+    seconds: float = 0.0
 
 
 class Batcher:
-    """Runs `step(works, steps)` on batches of ready work, one batch after another.
+    """Runs batches of ready jobs, one after another. All but `start` is for the event loop it was started on."""
 
-    `step` advances every work by up to `steps` frames and returns one entry per work: None, or the error that this work alone gets.
-    """
-
-    def __init__(self, name: str, step: Step, observer: Observer, *, most_rows: int, most_waiting: int) -> None:
-        self._step = step
-        self._observer = observer
+    def __init__(self, name: str, model: Model, *, most_rows: int, most_waiting: int) -> None:
+        self._model = model
         self._most_rows = most_rows
         self._most_waiting = most_waiting
-        self._fresh: list[Job] = []  # of this turn of the event loop
-        self._inbox: SimpleQueue[list[Job]] = SimpleQueue()
-        self._thread = threading.Thread(target=self._dispatch, name=f"batcher {name}", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._line: deque[Any] = deque()
+        self._aboard: set[int] = set()  # streams of batches that are with the thread
+        self._flying = 0  # batches that are with the thread: one that runs, one that waits for it
+        self._inbox: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run_batches, name=f"batcher {name}", daemon=True)
+        self._loop: asyncio.AbstractEventLoop
+        self._due = False  # whether `_pump` will be called
+        self._watch: asyncio.TimerHandle | None = None
         self._stopping = False
-        self._frame_alone_s = math.inf  # seconds per frame of the last run if it had one row; whoever runs a batch writes it
-        self.waiting = 0  # jobs not settled; owned by the event loop
+        self._frame_alone_s = math.inf  # seconds per frame of the last run, if it had one row
+        self.waiting = 0  # jobs that are not done
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._landed = asyncio.Event()
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after the batch it is running; whoever still waits gets `Draining`."""
+        """Ends the thread after what it has been given; who still waits gets `Draining`."""
         self._stopping = True
-        self._inbox.put([])
+        self._turn_away()
+        while self._flying:
+            self._landed.clear()
+            await self._landed.wait()
+        self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-        await asyncio.sleep(0)  # the thread's last word to the loop
 
-    async def run(self, work: Work, deadline: float, settled: Callable[[], None]) -> None:
-        """Waits until all frames of `work` ran; raises the work's error, `Overloaded`, `Deadline` or `Draining`.
-
-        `settled` is called once on the event loop when the work has run without error, even if the caller has left meanwhile.
-        A caller that leaves (is cancelled) before the work begins costs nothing; after that the work is dropped between two slices,
-        and the caller is held until no thread touches it any more.
-        """
+    def submit(self, job: Job) -> None:
+        """Puts a job into the line; raises `Overloaded` or `Draining`, and then `done` is never called."""
         if self._stopping:
             raise Draining("the service is shutting down")
         if self.waiting >= self._most_waiting:
             raise Overloaded(f"{self.waiting} messages are waiting for this model", retry_after=1)
-        assert self._loop is not None
-        job = Job(work, deadline, self._loop.create_future())
+        if not self.waiting:
+            self._quiet.clear()
         self.waiting += 1
-        self._quiet.clear()
-        if not self._fresh:
-            self._loop.call_soon(self._submit)
-        self._fresh.append(job)
+        self._line.append(job)
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._pump)  # what else comes in this turn of the event loop joins it
+
+    async def run(self, make: Callable[[Callable[[BaseException | None], None]], Job], settled: Callable[[], None]) -> None:
+        """Waits until all frames of the job that `make(done)` makes ran; raises the job's error, `Overloaded`, `Deadline` or `Draining`.
+
+        `settled` is called once when the job has run without error, even if the caller has left meanwhile.
+        A caller that leaves (is cancelled) before the job begins costs nothing; after that the job is dropped between two slices,
+        and the caller is held until nothing touches it any more.
+        """
+        outcome: list[BaseException | None] = []
+        future = self._loop.create_future()
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                settled()
+            outcome.append(error)
+            if not future.done():
+                future.set_result(None)
+
+        job = make(done)
+        self.submit(job)
         try:
-            await job.future
+            await future
         except asyncio.CancelledError:
             job.cancelled = True
-            await self._settlement(job)
-            if job.error is None:
-                settled()
+            if not job.begun and not outcome:
+                self._line.remove(job)
+                self._settle([(job, asyncio.CancelledError())])
+            while not outcome:
+                future = self._loop.create_future()
+                try:
+                    await future
+                except asyncio.CancelledError:
+                    continue
             raise
-        if job.error is not None:
-            raise job.error
-        settled()
+        if outcome[0] is not None:
+            raise outcome[0]
 
     async def idle(self) -> None:
-        """Waits until every job is settled."""
+        """Waits until every job is done."""
         await self._quiet.wait()
 
-    async def _settlement(self, job: Job) -> None:
-        while not job.settled:
-            assert self._loop is not None
-            job.future = self._loop.create_future()
-            try:
-                await job.future
-            except asyncio.CancelledError:
-                continue
+    # ---- on the event loop
 
-    def _submit(self) -> None:
-        """Hands over what came in this turn of the event loop."""
-        fresh, self._fresh = self._fresh, []
+    def _pump(self) -> None:
+        """Hands batches to the thread as long as it can use them."""
+        self._due = False
         if self._stopping:
-            self._deliver([(job, Draining("the service is shutting down")) for job in fresh])
-        elif self.waiting == 1 and fresh[0].work.frames * self._frame_alone_s < INLINE_S:
-            line = deque(fresh)
-            self._deliver(self._run_next(line))  # nobody else waits, so the thread has nothing to do
-            if line:
-                self._inbox.put(list(line))
-        else:
-            self._inbox.put(fresh)
+            return self._turn_away()
+        while self._line and (not self._flying or (self._flying == 1 and len(self._line) >= AHEAD)):
+            jobs, steps, dropped = form_batch(self._line, self._most_rows, self._aboard)
+            if dropped:
+                self._settle(dropped)
+            if not jobs:
+                break
+            self._launch(jobs, steps)
+        if self._line and self._watch is None:
+            self._watch = self._loop.call_later(LOOK_S, self._look)
 
-    # From here on the dispatcher's thread, but for `_run_next`, which the event loop calls when the thread has nothing to do.
-
-    def _dispatch(self) -> None:
-        line: deque[Job] = deque()
-        while True:
-            if not line:
-                line.extend(self._inbox.get())
-            while not self._inbox.empty():
-                line.extend(self._inbox.get())
-            if self._stopping:
-                return self._settle([(job, Draining("the service is shutting down")) for job in line])
-            self._settle(self._run_next(line))
-
-    def _run_next(self, line: deque[Job]) -> list[tuple[Job, BaseException | None]]:
-        """Runs one batch from the head of the line; unfinished jobs go to its end."""
-        done = _drop_idle(line)
-        batch, steps = form_batch(line, self._most_rows)
-        if not batch:
-            return done
-        began = time.monotonic()
-        for job in batch:
-            if not job.begun:
-                job.begun = True
-                self._observer.waited(began - job.queued)
+    def _launch(self, jobs: list[Any], steps: int) -> None:
         try:
-            errors = self._step([job.work for job in batch], steps)
-            outcomes = list(zip(batch, errors, strict=True))
-        except Exception as error:  # a failing batch fails its own callers, and the thread lives on
-            outcomes = [(job, error) for job in batch]
-        seconds = time.monotonic() - began
-        self._frame_alone_s = seconds / steps if len(batch) == 1 else math.inf
-        self._observer.ran(len(batch), seconds)
-        for job, outcome in outcomes:
-            if outcome is None and job.work.frames:
-                line.append(job)
-            else:
-                done.append((job, outcome))
-        return done
+            batch = _Batch(jobs, self._model.prepare(jobs, steps), steps)
+        except Exception as error:
+            return self._settle([(job, error) for job in jobs])
+        alone = len(jobs) == 1 and not self._flying and not self._line
+        if alone and jobs[0].frames * self._frame_alone_s < INLINE_S:
+            self._run(batch)
+            return self._take_apart(batch)
+        self._flying += 1
+        self._aboard.update(job.stream for job in jobs)
+        self._inbox.put(batch)
 
-    def _settle(self, done: list[tuple[Job, BaseException | None]]) -> None:
-        if done and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, done)
+    def _land(self, batch: _Batch) -> None:
+        """A batch is back from the thread."""
+        self._flying -= 1
+        self._aboard.difference_update([job.stream for job in batch.jobs])
+        self._landed.set()
+        self._take_apart(batch)
 
-    # On the event loop again.
+    def _take_apart(self, batch: _Batch) -> None:
+        jobs, error = batch.jobs, batch.error
+        self._frame_alone_s = batch.seconds / batch.steps if len(jobs) == 1 else math.inf
+        outcomes: Sequence[Exception | None] = ()
+        if error is None:
+            try:
+                outcomes = self._model.commit(jobs, batch.prepared, batch.result, batch.seconds)
+                if len(outcomes) != len(jobs):
+                    raise ValueError(f"{len(outcomes)} outcomes of {len(jobs)} jobs")
+            except Exception as caught:
+                error = caught
+        done: list[tuple[Any, BaseException | None]]
+        if error is not None:  # a failing batch fails its own callers, and nobody else
+            done = [(job, error) for job in jobs]
+        else:
+            done = []
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                if outcome is None and job.frames:
+                    self._line.append(job)
+                else:
+                    done.append((job, outcome))
+        if self._line:
+            self._pump()  # first of all the model gets its next batch
+        self._settle(done)
 
-    def _deliver(self, done: list[tuple[Job, BaseException | None]]) -> None:
+    def _settle(self, done: Sequence[tuple[Any, BaseException | None]]) -> None:
         self.waiting -= len(done)
-        for job, error in done:
-            job.error = error
-            job.settled = True
-            if not job.future.done():
-                job.future.set_result(None)
         if not self.waiting:
             self._quiet.set()
+        for job, error in done:
+            try:
+                job.done(error)
+            except Exception:  # the others of the batch must hear of it all the same
+                log.exception("an answer failed")
+
+    def _look(self) -> None:
+        """Tells those whose time is over while they wait."""
+        self._watch = None
+        now = time.monotonic()
+        late = [job for job in self._line if job.cancelled or job.deadline < now]
+        for job in late:
+            self._line.remove(job)
+        self._settle([(job, _why_dropped(job, now)) for job in late])
+        if self._line:
+            self._watch = self._loop.call_later(LOOK_S, self._look)
+
+    def _turn_away(self) -> None:
+        line, self._line = list(self._line), deque()
+        self._settle([(job, Draining("the service is shutting down")) for job in line])
+
+    # ---- on the thread, and for short work that is alone on the event loop
+
+    def _run_batches(self) -> None:
+        while (batch := self._inbox.get()) is not None:
+            self._run(batch)
+            if self._loop.is_closed():
+                return
+            self._loop.call_soon_threadsafe(self._land, batch)
+
+    def _run(self, batch: _Batch) -> None:
+        began = time.monotonic()
+        try:
+            batch.result = self._model.compute(batch.prepared)
+        except Exception as error:
+            batch.error = error
+        batch.seconds = time.monotonic() - began
 
 
-def _drop_idle(line: deque[Job]) -> list[tuple[Job, BaseException | None]]:
-    """Takes jobs out of the line whose caller has left or whose time is over."""
-    now = time.monotonic()
-    dropped: list[tuple[Job, BaseException | None]] = []
-    for job in [job for job in line if job.cancelled or job.deadline < now]:
-        line.remove(job)
-        dropped.append((job, asyncio.CancelledError() if job.cancelled else _too_late(job, now)))
-    return dropped
-
-
-def _too_late(job: Job, now: float) -> Deadline:
+def _why_dropped(job: Job, now: float) -> BaseException:
+    if job.cancelled:
+        return asyncio.CancelledError()
     passed = f"{now - job.queued:.1f} s"
     if job.begun:
-        return Deadline(f"the message was not done after {passed}, {job.work.frames} steps of the model were left: send fewer frames at once")
+        return Deadline(f"the message was not done after {passed}, {job.frames} steps of the model were left: send fewer frames at once")
     return Deadline(f"the message waited {passed} for its turn, which is as long as it may: send it again when the service is less busy")
 
 
-def form_batch(line: deque[Job], most_rows: int) -> tuple[list[Job], int]:
-    """Takes the next batch from the line and says by how many steps it advances.
+def form_batch(line: deque[Any], most_rows: int, aboard: set[int]) -> tuple[list[Any], int, list[tuple[Any, BaseException | None]]]:
+    """Takes the next batch from the line: its jobs, the number of steps it advances, and jobs whose caller has left or whose time is over.
 
-    The oldest job always goes and sets the number of steps; others join in order as long as no stream comes twice and padding stays
-    below `WASTE`. Jobs that do not fit keep their places at the head, so that they lead soon.
+    The oldest job always goes and sets the number of steps; others join in order as long as no stream comes twice, here or among those `aboard`,
+    and padding stays below `WASTE`. Jobs that do not fit keep their places at the head, so that they lead soon.
     """
-    if not line:
-        return [], 0
-    steps = min(line[0].work.frames, MOST_STEPS)
-    most_rows = max(1, min(most_rows, MOST_PADDED // steps))
-    batch: list[Job] = []
-    passed: list[Job] = []
+    now = time.monotonic()
+    jobs: list[Any] = []
+    passed: list[Any] = []
+    dropped: list[tuple[Any, BaseException | None]] = []
     streams: set[int] = set()
-    real = 0
-    while line and len(batch) < most_rows:
+    real = steps = 0
+    while line and len(jobs) < most_rows:
         job = line.popleft()
-        grown = real + min(job.work.frames, steps)
-        stream = job.work.stream
-        if stream in streams or (len(batch) + 1) * steps >= WASTE * grown:
+        if job.cancelled or job.deadline < now:
+            dropped.append((job, _why_dropped(job, now)))
+            continue
+        stream, frames = job.stream, job.frames
+        if stream and (stream in streams or stream in aboard):
             passed.append(job)
             continue
-        if stream:
-            streams.add(stream)
-        batch.append(job)
+        if not jobs:
+            steps = frames if frames < MOST_STEPS else MOST_STEPS
+            most_rows = max(1, min(most_rows, MOST_PADDED // steps))
+        grown = real + (frames if frames < steps else steps)
+        if jobs and (len(jobs) + 1) * steps >= WASTE * grown:
+            passed.append(job)
+            continue
+        streams.add(stream)
+        job.begun = True
+        jobs.append(job)
         real = grown
     line.extendleft(reversed(passed))
-    return batch, steps
+    return jobs, steps, dropped

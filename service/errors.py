@@ -123,6 +123,12 @@ class Deadline(ServiceError):
     status, close_code, code = 408, 1013, "deadline"
 
 
+class SlowReader(ServiceError):
+    """The client does not read its answers; its session stays, to be resumed."""
+
+    status, close_code, code = 408, 4408, "slow_reader"
+
+
 class Conflict(ServiceError):
     status, close_code, code = 409, 4409, "conflict"
 

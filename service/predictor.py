@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import structlog
 
 from model import skeletons
+from service import notes
 from service.catalog import Catalog
 from service.detector import TimedEvent
 from service.errors import (
@@ -29,14 +31,15 @@ from service.frames import Payload
 from service.metrics import Metrics
 from service.options import Options
 from service.progress import Passage, Progress
-from service.protocol import Answer
+from service.protocol import Answer, write_scores
 from service.record import Record
 from service.repository import Repository
 from service.resampler import Floats, Times, read_times
-from service.runner import Runner
+from service.runner import Runner, Stretch, Suspect
 from service.sessions import Cause, Owner, Rows, Session, Sessions
 from service.settings import Settings
-from service.turn import Turn
+from service.tracing import Traces
+from service.turn import Turn, give_back
 
 log = structlog.get_logger("predictor")
 
@@ -55,6 +58,7 @@ class Predictor:
         self.draining = False
         self._settings = settings
         self.models = Repository(catalog, settings, metrics, self._evict)
+        self.traces: Traces | None = None
         self._runners: dict[Session, Runner] = {}  # a session stays with the one that it began with, also when its version is replaced
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -106,16 +110,17 @@ class Predictor:
     async def classify(self, runner: Runner, payload: Payload, options: Options, wait_s: float | None = None) -> Answer:
         """As `predict`, for a caller that holds the runner."""
         self._check_open()
+        notes.note(model=runner.name, version=runner.version)
         deadline = self.deadline(wait_s)
         options = _settled(options, runner)
         reader = runner.reader(options.layout)
         frames = payload.read(reader) if payload.size <= _LARGE else await asyncio.to_thread(payload.read, reader)
         progress = Progress(runner.manifest, options.fps or runner.manifest.fps)
         if progress.plain and payload.t is None:
-            scores = await runner.run(Rows.ZERO, frames, deadline)
+            scores = runner.table(await runner.run(Rows.ZERO, frames, deadline))
             return Answer(runner.manifest, options, 0, len(frames), scores if options.scores == "all" else scores[-1:])
         passage = await _prepared(progress, 0, frames, payload, 0)
-        scores = await runner.run(Rows.ZERO, passage.steps, deadline)
+        scores = runner.table(await runner.run(Rows.ZERO, passage.steps, deadline))
         if payload.size <= _LARGE:
             passage.commit(scores)
         else:
@@ -177,6 +182,41 @@ class Predictor:
         async with self.turn(session, deadline, owner):
             return await self.take(session, first, count, payload, options, deadline)
 
+    def launch(self, session: Session, first: int, count: int, payload: memoryview, options: Options, owner: Owner, landed: Landed) -> bool:
+        """As `advance` for raw frames that are next in turn, without a task that waits: `landed` is called with the error or with what came of them.
+
+        False where there is more to it than that; nothing has happened then, and `advance` is to be asked. `Suspect` means the same, later.
+        """
+        runner = self._runners.get(session)
+        if runner is None or self.draining or session.owner is not owner or first != session.next_frame or not 0 < count <= session.answers.room:
+            return False
+        progress = session.progress
+        if progress.resampler is not None or (options.events and progress.detector is None) or len(payload) > _LARGE:
+            return False
+        reader = runner.reader(session.options.layout)
+        unread = reader.raw_bytes > 0
+        if unread:
+            if len(payload) != count * reader.raw_bytes:
+                return False
+            frames = payload
+        else:
+            try:
+                frames = reader.from_bytes(payload, first, count).data.cast("B")
+            except ServiceError:
+                return False
+        if session.queued or not session.turn.take():
+            return False
+        session.queued += 1
+        now = session.used = time.monotonic()
+        flight = Flight(self, session, runner, landed)
+        flight.stretch = Stretch(session.row, frames, count, now + self._settings.deadline_s, flight, unread=unread)
+        try:
+            runner.launch(flight.stretch)
+        except ServiceError:
+            give_back(session)
+            return False
+        return True
+
     def deadline(self, wait_s: float | None = None) -> float:
         """Until when a message that came now may wait, on time.monotonic's clock."""
         return time.monotonic() + (self._settings.deadline_s if wait_s is None else min(wait_s, self._settings.deadline_s))
@@ -184,6 +224,7 @@ class Predictor:
     def turn(self, session: Session, deadline: float, owner: Owner | None = None) -> Turn:
         """`async with` it: what others want of the session waits. Raises `SessionNotFound`, `TakenOver`, `Deadline`, `Overloaded` or `Draining`."""
         self._check_open()
+        notes.note(session=session)
         return Turn(self.sessions, session, deadline, owner)
 
     async def take(self, session: Session, first: int, count: int | None, payload: Payload, options: Options, deadline: float) -> Answer:
@@ -200,7 +241,7 @@ class Predictor:
             return self._stored(session, runner, first, end, options)
         if session.progress.plain and payload.t is None:
             before = session.answers.get(first, session.next_frame) if known and options.scores == "all" else None  # raises before anything runs
-            scores = await runner.run(session.row, frames[known:], deadline, session.answers.add)
+            scores = runner.table(await runner.run(session.row, frames[known:], deadline, session.answers.add))
             if options.scores != "all":
                 scores = scores[-1:]
             elif before is not None:
@@ -239,15 +280,18 @@ class Predictor:
     async def _run(self, session: Session, runner: Runner, passage: Passage, deadline: float) -> None:
         """Runs what was prepared; it takes effect as a whole, even if the caller has left by then."""
 
-        def commit(scores: Floats) -> None:
-            passage.commit(scores)
-            session.answers.add(passage.scores, passage.times)
-            self._count(runner, passage.events)
+        def commit(scores: bytes) -> None:
+            self._commit(session, runner, passage, scores)
 
         if len(passage.steps):
             await runner.run(session.row, passage.steps, deadline, commit)
         else:  # frames between two steps of the model
-            commit(np.empty((0, len(runner.manifest.classes)), np.float32))
+            commit(b"")
+
+    def _commit(self, session: Session, runner: Runner, passage: Passage, scores: bytes) -> None:
+        passage.commit(runner.table(scores))
+        session.answers.add(passage.scores.tobytes(), passage.times)
+        self._count(runner, passage.events)
 
     async def reset(self, session: Session, at: int, owner: Owner | None = None) -> list[TimedEvent]:
         """Begins anew at frame `at`, which must be the next one; returns the end of the event that was open. Repeating it gives the same again."""
@@ -290,6 +334,10 @@ class Predictor:
     def attach(self, session: Session, owner: Owner) -> None:
         """Makes `owner` the connection that streams this session; the one before is told that it was taken over."""
         before, session.owner = session.owner, owner
+        notes.note(session=session)
+        if self.traces is not None:
+            self.traces.attached(session, owner)
+        log.debug("stream attached", model=session.model, next_frame=session.next_frame)
         if before is not None:
             before.stop(TakenOver("another connection has taken this session over", next_frame=session.next_frame))
 
@@ -297,6 +345,9 @@ class Predictor:
         if session.owner is owner:
             session.owner = None
             session.used = time.monotonic()
+        if self.traces is not None:
+            self.traces.detached(session, owner)
+        log.debug("stream detached", session=session.digest, model=session.model, next_frame=session.next_frame)
 
     def opened(self, session: Session) -> dict[str, Any]:
         """What a client learns when its session opens or is resumed."""
@@ -383,6 +434,8 @@ class Predictor:
         self._runners[session] = runner
         self.metrics.sessions_opened.labels(runner.name, runner.version).inc()
         self.metrics.sessions_live.labels(runner.name, runner.version).inc()
+        notes.note(session=session)
+        log.debug("session opened", model=runner.name, version=runner.version)
 
     def _checked(self, options: Options, runner: Runner) -> Options:
         """The options as settled for a stream; an unknown layout is refused before anything is taken."""
@@ -427,6 +480,59 @@ class Predictor:
             self.sessions.check_live(session)
         except ServiceError as error:
             session.owner.stop(error)
+
+
+class Flight:
+    """The frames of one message, or of several that follow each other, on their way through the model; it has the session's turn."""
+
+    __slots__ = ("_landed", "_predictor", "_runner", "_session", "events", "first", "scores", "stretch")
+
+    def __init__(self, predictor: Predictor, session: Session, runner: Runner, landed: Landed) -> None:
+        self._predictor = predictor
+        self._session = session
+        self._runner = runner
+        self._landed = landed
+        self.first = session.next_frame
+        self.stretch: Stretch
+        self.scores = b""  # float32 (count, classes), once it has landed
+        self.events: list[TimedEvent] = []
+
+    def __call__(self, error: BaseException | None) -> None:
+        """It has landed, with this error or none."""
+        session = self._session
+        try:
+            if error is None:
+                self._commit(session)
+                session.used = time.monotonic()
+            elif not isinstance(error, Suspect):
+                self._runner.statistics.failed(int(1e9 * (time.monotonic() - self.stretch.queued)))
+        except Exception as caught:
+            error = caught
+        give_back(session)
+        self._landed(error, self)
+
+    def _commit(self, session: Session) -> None:
+        scores = self.stretch.scores
+        if session.progress.plain:
+            session.answers.add(scores)
+        else:
+            passage = session.progress.prepare(self.first, self._runner.table(scores), None)
+            self._predictor._commit(session, self._runner, passage, scores)
+            self.events = passage.events
+        self.scores = scores
+
+    def answer(self, options: Options, first: int, count: int) -> Answer:
+        """To all its frames, [first, first + count)."""
+        return _answer(self._runner, options, first, count, self._runner.table(self.scores), None, self.events)
+
+    def binary(self, first: int, count: int, every: bool, track: int) -> bytes:
+        """The binary message that answers its frames [first, first + count): scores of each, or of the last."""
+        size, end = self._runner.row_bytes, first + count
+        begin = first if every else end - 1
+        return write_scores(begin, end - begin, self.scores[(begin - self.first) * size : (end - self.first) * size], track)
+
+
+Landed = Callable[[BaseException | None, Flight], None]
 
 
 def stream_warning(runner: Runner) -> str:

@@ -126,7 +126,7 @@ class Connection:
         self._open: dict[int, Credit] = {}
         self._ending: Counter[int] = Counter()  # closed by the client, while what came before is still being answered
         self._refused: set[int] = set()  # the client was told of an error; what it had sent before it heard of it is dropped
-        self._begun = False
+        self.begun = False  # whether there was an `open`
 
     def receive(self, data: str | bytes) -> Message | Refused | None:
         """Reads one message; None for one that nobody waits for any more. Raises `Malformed` for what cannot be read, which ends the connection."""
@@ -169,6 +169,10 @@ class Connection:
         """Whether the socket must not be read for now. `credit` is that of the latest message's track, the only one that has changed."""
         return credit.frames > credit.window or self.waiting >= MOST_WAITING
 
+    def has_room(self) -> bool:
+        """Whether a socket that was full may be read again."""
+        return self.waiting < MOST_WAITING and all(credit.frames <= credit.window for credit in self._open.values())
+
     def answered(self, message: Frames | Reset, credit: Credit) -> None:
         if type(message) is Frames:
             credit.frames -= message.count
@@ -192,7 +196,7 @@ class Connection:
         track = message.track
         if track in self._open:
             return Refused(track, Malformed(f"track {track} is open already: `open` comes once, until the track is closed"))
-        self._begun = True
+        self.begun = True
         self.many = self.many or message.named
         if len(self._open) + self._ending.total() >= self._most_tracks:
             self._refused.add(track)
@@ -202,7 +206,7 @@ class Connection:
         return message
 
     def _stray(self, track: int) -> Refused | None:
-        if not self._begun:
+        if not self.begun:
             raise Malformed("the first message must be `open` (or put its options into the URL's query, e.g. ?scores=all)")
         if track in self._refused:
             return None
@@ -396,7 +400,12 @@ class Answer:
     def to_binary(self, track: int = 0) -> bytes:
         """A message of kind 2: all frames' scores, or the last frame's alone under its own number."""
         first = self.first + self.count - len(self.scores)
-        return HEADER.pack(VERSION, KIND_SCORES, track, len(self.scores), first) + self.scores.astype(_F4, copy=False).tobytes()
+        return write_scores(first, len(self.scores), self.scores.astype(_F4, copy=False).tobytes(), track)
+
+
+def write_scores(first: int, count: int, scores: bytes, track: int = 0) -> bytes:
+    """The binary message that carries scores (count, classes) of the frames from `first` on to a client."""
+    return HEADER.pack(VERSION, KIND_SCORES, track, count, first) + scores
 
 
 def write_answer(answer: Answer, track: int = 0) -> str | bytes:

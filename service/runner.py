@@ -2,51 +2,76 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from service.batcher import Batcher
+from service import notes
+from service.batcher import Batcher, Job
 from service.engine import Floats, Lengths
 from service.errors import Diverged
-from service.frames import FrameReader
+from service.frames import FrameReader, all_fine
 from service.metrics import Metrics
 from service.model_files import Entry
 from service.sessions import Rows
 from service.statistics import Statistics
 
 Flags = npt.NDArray[np.bool_]
+_F4 = np.dtype("<f4")
 
 
-class Stretch:
-    """Consecutive frames (count, *frame_shape) of one stream on their way through the model; a batcher's `Work`.
+class Suspect(Exception):
+    """Among frames that were sent on unread is a number that is no measurement: they must be read with care, which tells what is wrong. Nothing has changed."""
+
+
+class Stretch(Job):
+    """Consecutive frames of one stream on their way through the model.
 
     It starts from its row and writes it back when all frames are done: a message takes effect as a whole or not at all.
     """
 
-    __slots__ = ("_frames", "at", "carry", "scores", "stream")
+    __slots__ = ("at", "carry", "frame_bytes", "noted", "payload", "scores", "unread")
 
-    def __init__(self, row: int, frames: Floats) -> None:
-        self.stream = row
-        self._frames = frames
-        self.at = 0
+    def __init__(
+        self, row: int, payload: bytes | memoryview, count: int, deadline: float, done: Callable[[BaseException | None], None], *, unread: bool = False
+    ) -> None:
+        """`payload`: float32 values of `count` frames in C order; `unread`: nobody has looked at them yet."""
+        super().__init__(row, count, deadline, done)
+        self.payload = payload
+        self.frame_bytes = len(payload) // count
+        self.unread = unread
+        self.at = 0  # bytes of the payload that ran
         self.carry: Floats | None = None  # the state between two slices
-        self.scores: list[Floats] = []
+        self.scores = b""  # float32 (frames that ran, classes)
+        self.noted: dict[str, Any] | None = None  # notes of the request that waits for it
 
-    @property
-    def frames(self) -> int:
-        return len(self._frames) - self.at
+    def ahead(self, steps: int) -> bytes | memoryview:
+        if not self.at and self.frames <= steps:
+            return self.payload
+        return self.payload[self.at : self.at + steps * self.frame_bytes]
 
-    def ahead(self, steps: int) -> Floats:
-        return self._frames[self.at : self.at + steps]
+
+class Slices:
+    """One batch as the model takes it, (rows, steps, ...) with `lengths` frames in each row."""
+
+    __slots__ = ("began", "frames", "lengths", "state", "steps", "suspects")
+
+    def __init__(self, frames: Floats, lengths: Lengths, state: Floats, steps: int, suspects: list[bool] | None, began: float) -> None:
+        self.frames = frames
+        self.lengths = lengths
+        self.state = state
+        self.steps = steps
+        self.suspects = suspects  # for each row whether it holds numbers that are none; None: no row does
+        self.began = began
 
 
 class Runner:
-    """Runs stretches of frames of many streams together. `name` and `version` are the served ones."""
+    """Runs stretches of frames of many streams together; the `Model` of its batcher. `name` and `version` are the served ones."""
 
     def __init__(self, entry: Entry, metrics: Metrics, *, most_rows: int, most_waiting: int) -> None:
         self.entry = entry
@@ -57,15 +82,19 @@ class Runner:
         self.most_rows = most_rows
         self.rows = Rows(engine.manifest.state_width)
         self.statistics = Statistics()
-        self._batcher = Batcher(name, self._step, self, most_rows=most_rows, most_waiting=most_waiting)
+        self._batcher = Batcher(name, self, most_rows=most_rows, most_waiting=most_waiting)
         self._readers: dict[str | None, FrameReader] = {}
         self._holders = 0
+        self._classes = len(self.manifest.classes)
+        self.row_bytes = 4 * self._classes  # of one frame's scores
         self._metrics = metrics
         self._waited = metrics.queue_seconds.labels(name, version)
+        self._answered = metrics.message_seconds.labels(name, version)
         self._ran = metrics.run_seconds.labels(name, version)
         self._batch_rows = metrics.batch_rows.labels(name, version)
         self._frames = metrics.frames.labels(name, version)
-        self.frames_run = self.batches_run = self.rows_run = 0
+        self._padded = metrics.padded.labels(name, version)
+        self.frames_run = self.frames_computed = self.batches_run = self.rows_run = 0
 
     @property
     def needed(self) -> bool:
@@ -88,10 +117,16 @@ class Runner:
             reader = self._readers[layout] = FrameReader(self.manifest, layout)
         return reader
 
+    def table(self, scores: bytes) -> Floats:
+        """float32 scores as `run` gives them, (count, classes)."""
+        return np.frombuffer(scores, _F4).reshape(-1, self._classes)
+
     def start(self) -> None:
         """From here on it stands in the figures under its name and version, also in the place of one that came before it."""
         name, version, engine = self.name, self.version, self.engine
         self._metrics.waiting.labels(name, version).set_function(lambda: self._batcher.waiting)
+        self._metrics.state_rows.labels(name, version, "taken").set_function(lambda: self.rows.taken)
+        self._metrics.state_rows.labels(name, version, "capacity").set_function(lambda: self.rows.capacity)
         self._metrics.device.labels(name, version, engine.device.name, engine.device.provider).set(1)
         self._metrics.model_bytes.labels(name, version).set(self.entry.memory_bytes)
         self._metrics.load_seconds.labels(name, version).set(self.entry.seconds)
@@ -100,28 +135,36 @@ class Runner:
     async def stop(self) -> None:
         await self._batcher.stop()
 
-    async def run(self, row: int, frames: Floats, deadline: float, commit: Callable[[Floats], None] | None = None) -> Floats:
-        """frames (count, *frame_shape) from the state in `row` -> scores (count, classes); the row moves on.
+    async def run(self, row: int, frames: Floats, deadline: float, commit: Callable[[bytes], None] | None = None) -> bytes:
+        """frames (count, *frame_shape) from the state in `row` -> float32 scores (count, classes) in C order; the row moves on.
 
         `commit` gets the scores once the row has moved on, even if the caller has left by then. `Rows.ZERO` stays as it is.
         Raises `Diverged`, `Overloaded`, `Deadline` or `Draining`, with the row unchanged.
         """
-        began = perf_counter_ns()
-        stretch = Stretch(row, frames)
-        result: list[Floats] = []
+        payload = np.ascontiguousarray(frames, _F4).data.cast("B")
+        stretch: Stretch
+
+        def make(done: Callable[[BaseException | None], None]) -> Stretch:
+            nonlocal stretch
+            stretch = Stretch(row, payload, len(frames), deadline, done)
+            stretch.noted = notes.current()
+            return stretch
 
         def settled() -> None:
-            result.append(stretch.scores[0] if len(stretch.scores) == 1 else np.concatenate(stretch.scores))
             if commit is not None:
-                commit(result[0])
+                commit(stretch.scores)
 
+        began = time.monotonic()
         try:
-            await self._batcher.run(stretch, deadline, settled)
+            await self._batcher.run(make, settled)
         except BaseException:
-            self.statistics.failed(perf_counter_ns() - began)
+            self.statistics.failed(int(1e9 * (time.monotonic() - began)))
             raise
-        self.statistics.succeeded(perf_counter_ns() - began)
-        return result[0]
+        return stretch.scores
+
+    def launch(self, stretch: Stretch) -> None:
+        """As `run` without waiting: the stretch's `done` is called. Raises `Overloaded` or `Draining`."""
+        self._batcher.submit(stretch)
 
     async def idle(self) -> None:
         """Waits until nothing waits or runs."""
@@ -134,75 +177,113 @@ class Runner:
             "frames": self.frames_run,
             "batches": self.batches_run,
             "mean_batch_rows": round(self.rows_run / self.batches_run, 2) if self.batches_run else None,
+            "padding": round(self.frames_computed / self.frames_run, 3) if self.frames_run else None,
         }
 
-    # On the dispatcher's thread.
+    # ---- the model of its batcher
 
-    def waited(self, seconds: float) -> None:
-        self._waited.observe(seconds)
-        self.statistics.waited(int(1e9 * seconds))
-
-    def ran(self, rows: int, seconds: float) -> None:
-        self._ran.observe(seconds)
-        self._batch_rows.observe(rows)
-        self.batches_run += 1
-        self.rows_run += rows
-
-    def _step(self, stretches: Sequence[Stretch], steps: int) -> list[Exception | None]:
-        """Advances every stretch by up to `steps` frames in one run of the model; a stretch that diverges fails alone."""
-        began = perf_counter_ns()
-        slices = [stretch.ahead(steps) for stretch in stretches]
-        lengths = np.fromiter(map(len, slices), np.int64, len(slices))
+    def prepare(self, stretches: Sequence[Stretch], steps: int) -> Slices:
+        """Gathers frames and state of a batch."""
+        began = time.monotonic()
+        size = stretches[0].frame_bytes
+        parts: list[bytes | memoryview] = []
+        lengths: list[int] = []
+        padding = unread = False
+        for stretch in stretches:
+            count = min(stretch.frames, steps)
+            parts.append(stretch.ahead(steps))
+            lengths.append(count)
+            if count < steps:
+                padding = True
+                parts.append(bytes((steps - count) * size))
+            unread = unread or stretch.unread
+            if stretch.noted is not None and not stretch.at:
+                stretch.noted.update(rows=len(stretches), queue_ms=round(1000 * (began - stretch.queued), 3))
+        frames = np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), _F4).reshape(len(stretches), steps, *self.manifest.frame_shape)
+        suspects = None
+        if unread and not all_fine(frames):
+            suspects = [stretch.unread and not all_fine(row) for stretch, row in zip(stretches, frames, strict=True)]
         state = self.rows.gather([stretch.stream for stretch in stretches])
         for i, stretch in enumerate(stretches):
             if stretch.carry is not None:
                 state[i] = stretch.carry
-        padded = _padded(slices, steps, self.manifest.frame_shape)
-        ready = perf_counter_ns()
-        scores, next_state = self.engine.run_batch(padded, lengths, state)
-        ran = perf_counter_ns()
-        fine = _finite_rows(scores, lengths) & np.asarray(np.isfinite(next_state).all(axis=1))
-        count = int(lengths.sum())
-        self._frames.inc(count)
-        self.frames_run += count
-        outcomes = self._take(stretches, lengths, scores, next_state, fine)
-        done = len(stretches) - sum(1 for stretch in stretches if stretch.frames)
-        self.statistics.ran(len(stretches), done, ready - began, ran - ready, perf_counter_ns() - ran)
-        return outcomes
+        self.frames_computed += steps * len(stretches)
+        self._padded.inc(steps * len(stretches))
+        self._waited_for(began, [began - stretch.queued for stretch in stretches if not stretch.at])
+        counts = np.array(lengths, np.int64) if padding else np.full(len(stretches), steps, np.int64)
+        return Slices(frames, counts, state, steps, suspects, began)
 
-    def _take(self, stretches: Sequence[Stretch], lengths: Lengths, scores: Floats, next_state: Floats, fine: Flags) -> list[Exception | None]:
+    def compute(self, slices: Slices) -> tuple[Floats, Floats]:
+        return self.engine.run_batch(slices.frames, slices.lengths, slices.state)
+
+    def commit(self, stretches: Sequence[Stretch], slices: Slices, result: tuple[Floats, Floats], seconds: float) -> list[Exception | None]:
+        """Advances every stretch; one that diverges fails alone."""
+        came = time.monotonic()
+        scores, next_state = result
+        diverged = _not_finite_rows(scores, next_state, slices.lengths)
+        size, row_size = self.row_bytes, self.row_bytes * slices.steps
+        values = scores.tobytes()
         outcomes: list[Exception | None] = []
         finished: list[int] = []
-        for i, (stretch, length) in enumerate(zip(stretches, lengths.tolist(), strict=True)):
-            if not fine[i]:
+        took: list[float] = []
+        for i, (stretch, length) in enumerate(zip(stretches, slices.lengths.tolist(), strict=True)):
+            if slices.suspects is not None and slices.suspects[i]:
+                outcomes.append(Suspect())
+                continue
+            if diverged is not None and diverged[i]:
                 outcomes.append(Diverged("these frames drive the model's scores or state out of the finite numbers; the state was left as it was"))
                 continue
-            stretch.scores.append(scores[i, :length].copy())  # a view would keep the whole batch alive
-            stretch.at += length
+            part = values[i * row_size : i * row_size + length * size]
+            stretch.scores = stretch.scores + part if stretch.at else part
+            stretch.at += length * stretch.frame_bytes
+            stretch.frames -= length
             if stretch.frames:
                 stretch.carry = next_state[i].copy()
-            elif stretch.stream != Rows.ZERO:
-                finished.append(i)
+            else:
+                took.append(came - stretch.queued)
+                if stretch.stream != Rows.ZERO:
+                    finished.append(i)
             outcomes.append(None)
         if finished:
-            self.rows.scatter([stretches[i].stream for i in finished], next_state if len(finished) == len(stretches) else next_state[finished])
+            whole = len(finished) == len(stretches)
+            self.rows.scatter([stretches[i].stream for i in finished], next_state if whole else next_state[finished])
+        self._count(slices, len(took), seconds, came)
+        self._answered_after(took)
         return outcomes
 
+    def _waited_for(self, now: float, waits: list[float]) -> None:
+        if len(waits) == 1:
+            self._waited.observe(waits[0])
+        elif waits:
+            self._waited.observe_many(np.array(waits))
+        self.statistics.waited(int(1e9 * math.fsum(waits)), len(waits))
 
-def _padded(slices: Sequence[Floats], steps: int, shape: tuple[int, ...]) -> Floats:
-    """(batch, steps, *shape), zeros beyond each slice's end, where the model does not look."""
-    if len(slices) == 1:
-        return slices[0][None]
-    padded = np.zeros((len(slices), steps, *shape), np.float32)
-    for i, frames in enumerate(slices):
-        padded[i, : len(frames)] = frames
-    return padded
+    def _answered_after(self, took: list[float]) -> None:
+        if len(took) == 1:
+            self._answered.observe(took[0])
+        elif took:
+            self._answered.observe_many(np.array(took))
+        self.statistics.succeeded(int(1e9 * math.fsum(took)), len(took))
+
+    def _count(self, slices: Slices, done: int, seconds: float, came: float) -> None:
+        rows, count = len(slices.lengths), int(slices.lengths.sum())
+        self._ran.observe(seconds)
+        self._batch_rows.observe(rows)
+        self._frames.inc(count)
+        self.batches_run += 1
+        self.rows_run += rows
+        self.frames_run += count
+        waited = max(0.0, came - slices.began - seconds)  # from its being formed to its result, without the run
+        self.statistics.ran(rows, done, int(1e9 * waited), int(1e9 * seconds), int(1e9 * (time.monotonic() - came)))
 
 
-def _finite_rows(scores: Floats, lengths: Lengths) -> Flags:
-    """(batch,): whether a row's real scores are all finite; beyond a row's length they mean nothing."""
-    finite = np.isfinite(scores)
-    if finite.all():
-        return np.ones(len(scores), np.bool_)
-    beyond = np.arange(scores.shape[1]) >= lengths[:, None]
-    return np.asarray((finite | beyond[:, :, None]).all(axis=(1, 2)))
+def _not_finite_rows(scores: Floats, next_state: Floats, lengths: Lengths) -> Flags | None:
+    """(batch,): whether a row's real scores or its next state are not all finite; beyond a row's length scores mean nothing. None: all are fine.
+
+    A sum is finite only if what it sums is, and costs half of looking at each; one that overflows makes us look at each.
+    """
+    with np.errstate(all="ignore"):
+        if math.isfinite(float(scores.sum())) and math.isfinite(float(next_state.sum())):
+            return None
+    finite = np.isfinite(scores) | (np.arange(scores.shape[1]) >= lengths[:, None])[:, :, None]
+    return np.asarray(~(finite.all(axis=(1, 2)) & np.isfinite(next_state).all(axis=1)))

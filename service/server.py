@@ -22,6 +22,7 @@ from service.grpc_server import GrpcServer
 from service.metrics import Metrics
 from service.predictor import Predictor
 from service.settings import Settings
+from service.websocket import Upgrade
 
 SAMPLES = Path(__file__).parent / "samples"
 DEFAULT_MODELS = Path("models")
@@ -40,7 +41,7 @@ def serve(settings: Settings) -> None:
             app,
             loop="uvloop",
             http="httptools",
-            ws="websockets-sansio",
+            ws=Upgrade,
             ws_max_size=settings.message_bytes,
             ws_per_message_deflate=False,
             log_config=None,

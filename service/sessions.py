@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import secrets
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ import numpy.typing as npt
 from model.contract import Manifest
 from model.events import EventState
 from service.errors import AnswersForgotten, Empty, Gap, ServiceError, SessionExpired, SessionNotFound, TooMany
+from service.lock import Lock
 from service.options import Options
 from service.progress import Progress
 from service.record import Record, manifest_digest
@@ -29,13 +28,11 @@ KEPT_FRAMES = 64
 KEPT_BYTES = 256 * 1024
 REMEMBERED = 10_000  # expired sessions whose clients are told so
 _ID_BYTES = 24
+_F4 = np.dtype("<f4")
 
 
 class Rows:
-    """State rows of one model in one array (capacity, width) with a free list. Row 0 is all zeros for ever: where every stream begins.
-
-    The event loop takes, clears and gives; the dispatcher's thread gathers and scatters.
-    """
+    """State rows of one model in one array (capacity, width) with a free list. Row 0 is all zeros for ever: where every stream begins."""
 
     ZERO = 0
 
@@ -43,11 +40,14 @@ class Rows:
         self._pool = np.zeros((64, width), np.float32)
         self._free = list(range(len(self._pool) - 1, 0, -1))
         self._taken: set[int] = set()
-        self._lock = threading.Lock()
 
     @property
     def taken(self) -> int:
         return len(self._taken)
+
+    @property
+    def capacity(self) -> int:
+        return len(self._pool) - 1
 
     def take(self) -> int:
         """A row of zeros, the caller's until it is given back."""
@@ -64,23 +64,19 @@ class Rows:
         self._free.append(row)
 
     def clear(self, row: int) -> None:
-        with self._lock:
-            self._pool[row] = 0
+        self._pool[row] = 0
 
     def gather(self, rows: list[int]) -> Floats:
         """Copies (len(rows), width)."""
-        with self._lock:
-            return self._pool[rows]
+        return self._pool[rows]
 
     def scatter(self, rows: list[int], values: Floats) -> None:
         """Writes values (len(rows), width)."""
-        with self._lock:
-            self._pool[rows] = values
+        self._pool[rows] = values
 
     def _grow(self) -> None:
-        with self._lock:
-            size = len(self._pool)
-            self._pool = np.concatenate([self._pool, np.zeros_like(self._pool)])
+        size = len(self._pool)
+        self._pool = np.concatenate([self._pool, np.zeros_like(self._pool)])
         self._free.extend(range(2 * size - 1, size - 1, -1))
 
 
@@ -88,9 +84,12 @@ class Answers:
     """Scores of the latest frames, and their times where frames carry them, kept until they are acknowledged, at most `limit` frames;
     the oldest are forgotten."""
 
+    __slots__ = ("_blocks", "_row_bytes", "end", "limit")
+
     def __init__(self, classes: int) -> None:
         self.limit = max(1, min(KEPT_FRAMES, KEPT_BYTES // (4 * classes)))
-        self._blocks: deque[tuple[int, Floats, Times | None]] = deque()  # (first frame, scores (count, classes), times (count,)), without holes
+        self._row_bytes = 4 * classes
+        self._blocks: deque[tuple[int, bytes, Times | None]] = deque()  # (first frame, scores (count, classes), times (count,)), without holes
         self.end = 0  # one past the newest frame
 
     @property
@@ -106,37 +105,46 @@ class Answers:
     def restore(self, end: int, scores: Floats, times: Times | None) -> None:
         """Keeps the scores (count, classes) of the frames up to `end`, and nothing else."""
         self.end = end
-        self._blocks = deque([(end - len(scores), scores, times)] if len(scores) else [])
+        self._blocks = deque([(end - len(scores), np.ascontiguousarray(scores, _F4).tobytes(), times)] if len(scores) else [])
         self.forget(end - self.limit)
 
-    def add(self, scores: Floats, times: Times | None = None) -> None:
+    def add(self, scores: bytes, times: Times | None = None) -> None:
+        """float32 scores (count, classes) in C order, and times (count,), of the next frames."""
         self._blocks.append((self.end, scores, times))
-        self.end += len(scores)
+        self.end += len(scores) // self._row_bytes
         self.forget(self.end - self.limit)
 
     def forget(self, below: int) -> None:
         """Drops the answers of frames below this number."""
-        while self._blocks and self._blocks[0][0] < below:
-            first, scores, times = self._blocks.popleft()
-            if first + len(scores) > below:
-                rest = slice(below - first, None)
-                self._blocks.appendleft((below, scores[rest].copy(), None if times is None else times[rest].copy()))
+        blocks = self._blocks
+        while blocks and blocks[0][0] < below:
+            first, scores, times = blocks.popleft()
+            if first + len(scores) // self._row_bytes > below:
+                rest = below - first
+                blocks.appendleft((below, scores[rest * self._row_bytes :], None if times is None else times[rest:].copy()))
 
     def get(self, first: int, end: int) -> Floats:
         """Scores (end - first, classes); raises `AnswersForgotten` unless all of them are kept."""
-        return np.concatenate([scores[part] for part, scores, _ in self._parts(first, end)])
+        size = self._row_bytes
+        parts = [scores[part.start * size : part.stop * size] for part, scores, _ in self._parts(first, end)]
+        return np.frombuffer(b"".join(parts), _F4).reshape(end - first, -1)
 
     def times(self, first: int, end: int) -> Times | None:
         """Times (end - first,) of frames that carry them, as `get`."""
         parts = [None if times is None else times[part] for part, _, times in self._parts(first, end)]
         return None if parts[0] is None else np.concatenate([times for times in parts if times is not None])
 
-    def _parts(self, first: int, end: int) -> list[tuple[slice, Floats, Times | None]]:
+    def _parts(self, first: int, end: int) -> list[tuple[slice, bytes, Times | None]]:
         if first < self.start or end > self.end:
             raise AnswersForgotten(
                 f"answers of frames {first} to {end - 1} are no longer kept, only from {self.start} on", kept_from=self.start, next_frame=self.end
             )
-        return [(slice(max(first - at, 0), end - at), scores, times) for at, scores, times in self._blocks if at < end and at + len(scores) > first]
+        parts = []
+        for at, scores, times in self._blocks:
+            count = len(scores) // self._row_bytes
+            if at < end and at + count > first:
+                parts.append((slice(max(first - at, 0), min(end - at, count)), scores, times))
+        return parts
 
 
 class Owner(Protocol):
@@ -157,7 +165,7 @@ class Session:
         self.options = options
         self.answers = Answers(classes)
         self.progress = progress
-        self.turn = asyncio.Lock()
+        self.turn = Lock()
         self.owner: Owner | None = None
         self.ended: Cause | None = None
         self.queued = 0  # messages that wait for the turn or have it

@@ -8,12 +8,12 @@ from collections import deque
 from typing import Protocol
 
 import structlog
-from starlette.websockets import WebSocketDisconnect
 
+from service import notes
 from service.errors import AnswersForgotten, Malformed, ServiceError, TooMany
 from service.frames import Payload
 from service.options import Options, read_options
-from service.predictor import Predictor
+from service.predictor import Flight, Predictor
 from service.protocol import (
     MOST_TRACKS,
     Answer,
@@ -30,6 +30,7 @@ from service.protocol import (
     write_event,
     write_events,
 )
+from service.runner import Suspect
 from service.sessions import Session
 
 log = structlog.get_logger("tracks")
@@ -46,20 +47,21 @@ class Link(Protocol):
     connection: Connection
     paused: bool  # it is not read for now, so that no ack can come
 
-    async def send(self, message: str | bytes) -> None: ...
+    def send(self, message: str | bytes) -> None: ...
 
     def released(self) -> None:
         """A message was answered: the websocket may have to be read again."""
 
-    async def ended(self, track: Track, error: ServiceError | None) -> None:
+    def ended(self, track: Track, error: ServiceError | None) -> None:
         """The track is at its end: closed by the client, or by an error that the client must be told of."""
-
-    def lost(self) -> None:
-        """The client is gone."""
 
 
 class Track:
-    """One stream. Its messages are put in as they are read; a task of its own handles them one after another, beside those of the other tracks."""
+    """One stream. Its messages are put in as they are read; a task of its own handles them one after another, beside those of the other tracks.
+
+    Raw frames that come when it has nothing else to do, which is nearly all there ever is, go to the model at once and are answered when they land;
+    the task hears nothing of them.
+    """
 
     def __init__(self, number: int, link: Link, predictor: Predictor, model: str) -> None:
         self.number = number
@@ -74,6 +76,9 @@ class Track:
         self._acked = asyncio.Event()
         self._early_ack = 0  # that came before the session was opened
         self._closing = False
+        self._idle = False  # whether the task waits for a message
+        self._flying: list[Frames] = []  # messages that are with the model, without the task
+        self._over = False
         self._last: ServiceError | None = None
         self._stopped: ServiceError | None = None
         self.task: asyncio.Task[None] | None = None
@@ -86,8 +91,11 @@ class Track:
         return self.task
 
     def put(self, message: Message) -> None:
+        if type(message) is Frames and self._idle and not self._flying and not self._queue and self._launch([message]):
+            return
         self._queue.append(message)
-        self._arrived.set()
+        if not self._flying:
+            self._arrived.set()
         if type(message) is Close:
             self._closing = True
             self._acked.set()
@@ -120,19 +128,18 @@ class Track:
 
     async def _run(self, message: Open, before: asyncio.Task[None] | None) -> None:
         error: ServiceError | None
+        notes.branch(track=self.number)
         try:
             error = await self._serve(message, before)
-        except WebSocketDisconnect:
-            self._link.lost()
-            return
         except asyncio.CancelledError:
             if self._stopped is None:
                 raise
             error = self._stopped
         finally:
+            self._over = True
             if self._session is not None:
                 self._predictor.detach(self._session, self)
-        await self._link.ended(self, error)
+        self._link.ended(self, error)
 
     async def _serve(self, message: Open, before: asyncio.Task[None] | None) -> ServiceError | None:
         """Serves to the end; returns the error that was the end, or None after `close`."""
@@ -142,8 +149,6 @@ class Track:
             await self._work(await self._open(message))
         except ServiceError as error:
             return error
-        except WebSocketDisconnect:
-            raise
         except Exception:
             log.exception("track failed", model=self._model)
             return ServiceError()
@@ -157,9 +162,9 @@ class Track:
         self.credit.window = session.answers.limit
         opened = {**self._predictor.opened(session), "options": self._options.to_dict()}
         opened["limits"]["tracks"] = MOST_TRACKS
-        await self._link.send(write("opened", track=self.number, **opened))
+        self._link.send(write("opened", track=self.number, **opened))
         if message.session is not None:
-            await self._send_kept(session, message.ack)
+            self._send_kept(session, message.ack)
         if self._early_ack:
             self._predictor.acknowledge(session, self._early_ack)
         return session
@@ -178,7 +183,7 @@ class Track:
                 raise Malformed(f"{name} is fixed when a session opens; this one has {getattr(session.options, name)}")
         return session
 
-    async def _send_kept(self, session: Session, ack: int | None) -> None:
+    def _send_kept(self, session: Session, ack: int | None) -> None:
         """Sends again what the client may have missed."""
         if ack is not None:
             self._predictor.acknowledge(session, ack)
@@ -186,16 +191,18 @@ class Track:
                 lost = AnswersForgotten(
                     f"answers of frames {ack} to {session.answers.start - 1} are no longer kept", first=ack, kept_from=session.answers.start
                 )
-                await self._link.send(write("warning", track=self.number, warning=lost.message, code=lost.code, **lost.facts))
+                self._link.send(write("warning", track=self.number, warning=lost.message, code=lost.code, **lost.facts))
         if (answer := self._predictor.kept(session, self._options)) is not None:
-            await self._send(answer)
+            self._send(answer)
 
     async def _work(self, session: Session) -> None:
         """Handles messages in order; returns after `close`, raises what goes wrong."""
         while True:
-            while not self._queue:
+            while not self._queue or self._flying:
+                self._idle = True
                 self._arrived.clear()
                 await self._arrived.wait()
+            self._idle = False
             message = self._queue.popleft()
             if type(message) is Frames:
                 if self._queue and len(together := self._with_followers(session, message)) > 1:
@@ -207,13 +214,70 @@ class Track:
             elif type(message) is Reset:
                 for event in await self._predictor.reset(session, message.at, self):
                     if self._options.events:
-                        await self._link.send(write_event(event, self.number))
+                        self._link.send(write_event(event, self.number))
                 self._done(message)
             elif type(message) is Close:
                 if not message.keep:
                     await self._predictor.close(session, "closed", self)
-                await self._link.send(write("closed", track=self.number, next_frame=session.next_frame))
+                self._link.send(write("closed", track=self.number, next_frame=session.next_frame))
                 return
+
+    # ---- without its task
+
+    def _launch(self, messages: list[Frames]) -> bool:
+        """Whether these messages, each of which begins where the one before ends, are on their way to the model."""
+        session, joined = self._session, messages[0] if len(messages) == 1 else join(messages)
+        if session is None or joined.t is not None or type(joined.payload) is not memoryview:
+            return False
+        options = self._options if len(messages) == 1 else self._all_scores
+        if not self._predictor.launch(session, joined.first, joined.count, joined.payload, options, self, self._land):
+            return False
+        self._flying = messages
+        return True
+
+    def _land(self, error: BaseException | None, flight: Flight) -> None:
+        messages, self._flying = self._flying, []
+        if self._over:
+            return
+        if error is None:
+            self._answer_flight(messages, flight)
+            if self._queue and not self._go_on():
+                self._arrived.set()
+            return
+        if len(messages) > 1 or isinstance(error, Suspect):  # each of them gets what it deserves alone
+            self._queue.extendleft(reversed(messages))
+        elif isinstance(error, ServiceError):
+            self._queue.appendleft(error)
+        else:
+            log.error("track failed", model=self._model, exc_info=error)
+            self._queue.appendleft(ServiceError())
+        self._arrived.set()
+
+    def _go_on(self) -> bool:
+        """Whether what has piled up meanwhile is on its way to the model."""
+        message, session = self._queue[0], self._session
+        if type(message) is not Frames or session is None:
+            return False
+        self._queue.popleft()
+        together = self._with_followers(session, message)
+        if not self._launch(together):
+            self._queue.extendleft(reversed(together))
+            return False
+        return True
+
+    def _answer_flight(self, messages: list[Frames], flight: Flight) -> None:
+        if self._options.answers == "binary" and not flight.events:
+            for message in messages:
+                self._link.send(flight.binary(message.first, message.count, self._options.scores == "all", self.number))
+                self._done(message)
+        elif len(messages) == 1:
+            self._answer(messages[0], flight.answer(self._options, messages[0].first, messages[0].count))
+        else:
+            answer = flight.answer(self._all_scores, messages[0].first, sum(message.count for message in messages))
+            for message in messages:
+                self._answer(message, answer.part(message.first, message.count, self._options))
+
+    # ---- with it
 
     def _with_followers(self, session: Session, message: Frames) -> list[Frames]:
         """Messages that have piled up behind this one and go on where it ends: run as one they cost little more than one."""
@@ -235,21 +299,21 @@ class Track:
                 pass
             else:
                 for message in messages:
-                    await self._answer(message, answer.part(message.first, message.count, self._options))
+                    self._answer(message, answer.part(message.first, message.count, self._options))
                 return
         for message in messages:
             await self._advance(session, message)
 
-    async def _answer(self, message: Frames, answer: Answer) -> None:
-        await self._send(answer)
+    def _answer(self, message: Frames, answer: Answer) -> None:
+        self._send(answer)
         self._done(message)
 
-    async def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Answer) -> None:
         """Events go first: a client that has the answer, and so acknowledges its frames, has their events too, wherever the connection broke."""
         if answer.events:
             for event in write_events(answer, self.number):
-                await self._link.send(event)
-        await self._link.send(write_answer(answer, self.number))
+                self._link.send(event)
+        self._link.send(write_answer(answer, self.number))
 
     def _done(self, message: Frames | Reset) -> None:
         self._link.connection.answered(message, self.credit)
@@ -260,7 +324,7 @@ class Track:
         if session.answers.room < frames:
             await self._acknowledgement(session, frames)
         answer = await self._predictor.advance(session, message.first, message.count, _payload(message), self._options, self)
-        await self._answer(message, answer)
+        self._answer(message, answer)
 
     async def _acknowledgement(self, session: Session, frames: int) -> None:
         """Waits until enough kept answers are acknowledged to keep those of `frames` new ones; more than the limit need it empty.

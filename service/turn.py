@@ -10,6 +10,11 @@ from service.sessions import Owner, Session, Sessions
 MOST_QUEUED = 64  # messages of one session that wait for their turn
 
 
+def give_back(session: Session) -> None:
+    session.queued -= 1
+    session.turn.release()
+
+
 class Turn:
     """Waits for the session's turn and checks that there is still something to do in it. A class, because each message passes here:
     `contextlib.asynccontextmanager` takes three times as long."""
@@ -54,5 +59,4 @@ class Turn:
         self._release()
 
     def _release(self) -> None:
-        self._session.turn.release()
-        self._session.queued -= 1
+        give_back(self._session)

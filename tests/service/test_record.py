@@ -41,7 +41,7 @@ def take(session: Session, first: int, end: int, timed: bool) -> None:
     """Frames [first, end) as the service takes them, but for the network."""
     passage = session.progress.prepare(first, FRAMES[first:end], TIMES[first:end] if timed else None)
     passage.commit(sharp(passage.steps))
-    session.answers.add(passage.scores, passage.times)
+    session.answers.add(passage.scores.tobytes(), passage.times)
 
 
 def begun(manifest: Manifest, fps: float, session_id: str | None = None) -> Session:

@@ -52,7 +52,7 @@ def test_answers_are_kept_up_to_the_limit() -> None:
     answers = Answers(2)
     assert answers.limit == 64
     for first in range(0, 100, 5):
-        answers.add(scores(first, 5))
+        answers.add(scores(first, 5).tobytes())
     assert (answers.start, answers.end, answers.room) == (36, 100, 0)
     np.testing.assert_array_equal(answers.get(38, 99), scores(38, 61))
     with pytest.raises(AnswersForgotten):
@@ -65,14 +65,14 @@ def test_answers_are_kept_up_to_the_limit() -> None:
 def test_times_are_kept_with_the_scores_of_their_frames() -> None:
     answers = Answers(2)
     for first in range(0, 100, 5):
-        answers.add(scores(first, 5), np.arange(first, first + 5) / 7)
+        answers.add(scores(first, 5).tobytes(), np.arange(first, first + 5) / 7)
     np.testing.assert_array_equal(answers.times(38, 99), np.arange(38, 99) / 7)  # type: ignore[arg-type]
     answers.forget(98)
     np.testing.assert_array_equal(answers.times(98, 100), np.arange(98, 100) / 7)  # type: ignore[arg-type]
     with pytest.raises(AnswersForgotten):
         answers.times(97, 99)
     plain = Answers(2)
-    plain.add(scores(0, 5))
+    plain.add(scores(0, 5).tobytes())
     assert plain.times(0, 5) is None
 
 
@@ -83,13 +83,13 @@ def test_wide_answers_are_limited_by_bytes() -> None:
 
 def test_one_large_message_keeps_its_end() -> None:
     answers = Answers(2)
-    answers.add(scores(0, 500))
+    answers.add(scores(0, 500).tobytes())
     assert (answers.start, answers.end) == (436, 500)
 
 
 def test_the_table_of_numbered_frames() -> None:
     one = session()
-    one.answers.add(scores(0, 10))
+    one.answers.add(scores(0, 10).tobytes())
     assert one.known(10, 5) == 0
     assert one.known(8, 5) == 2
     assert one.known(3, 5) == 5
@@ -102,12 +102,12 @@ def test_the_table_of_numbered_frames() -> None:
 
 def test_a_reset_has_a_place() -> None:
     one = session()
-    one.answers.add(scores(0, 10))
+    one.answers.add(scores(0, 10).tobytes())
     with pytest.raises(Gap):
         one.reset(9)
     assert one.reset(10)
     assert not one.reset(10)  # repeating it does nothing
-    one.answers.add(scores(10, 1))
+    one.answers.add(scores(10, 1).tobytes())
     with pytest.raises(Gap):
         one.reset(10)
     assert one.reset(11)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from starlette.websockets import WebSocket
 from structlog.testing import capture_logs
 
 from service import protocol, tracks
@@ -27,7 +28,7 @@ from service.gate import Gate
 from service.metrics import Metrics
 from service.predictor import Predictor
 from service.settings import Settings
-from service.streaming import Sockets
+from service.streaming import Sockets, Stream
 from tests.toy_models import CHANNELS, example_frames
 
 CLIP = example_frames(CHANNELS, 200, seed=21)
@@ -35,40 +36,57 @@ WITHIN_S = 30.0
 
 
 class Wire:
-    """A client's end of one websocket."""
+    """A client's end of one websocket, and the service's: the `Socket` of its stream."""
 
-    def __init__(self, query: str) -> None:
-        self.to_server: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.to_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        scope = {"type": "websocket", "path": "/", "headers": [], "query_string": query.encode(), "subprotocols": []}
-        self.gone = False
+    def __init__(self, query: str, stream: Stream) -> None:
+        self.query = dict(parse_qsl(query))
+        self.stream = stream
+        self.to_server: deque[str | bytes] = deque()
+        self.to_client: asyncio.Queue[Any] = asyncio.Queue()
+        self.gone = self.paused = self.aborted = False
         self.served: asyncio.Task[None]
-        self.server = WebSocket(scope, self.to_server.get, self._deliver)  # type: ignore[arg-type]
-        self.to_server.put_nowait({"type": "websocket.connect"})
 
-    async def _deliver(self, message: Any) -> None:
-        if self.gone:
-            raise OSError("the network is gone")
-        await self.to_client.put(message)
+    # ---- the service's end
+
+    def send(self, message: str | bytes) -> None:
+        if not self.gone:
+            self.to_client.put_nowait(json.loads(message) if isinstance(message, str) else message)
+
+    def close(self, code: int, reason: str = "") -> None:
+        self.send(json.dumps(code))
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+        self._deliver()
+
+    # ---- the client's
+
+    def _deliver(self) -> None:
+        while self.to_server and not self.paused:
+            self.stream.feed(self.to_server.popleft())
 
     def say(self, message: bytes | None = None, /, **fields: Any) -> None:
-        given = {"text": json.dumps(fields)} if message is None else {"bytes": message}
-        self.to_server.put_nowait({"type": "websocket.receive", **given})
+        self.to_server.append(json.dumps(fields) if message is None else message)
+        self._deliver()
 
     def frames(self, track: int, first: int, count: int = 1) -> None:
         self.say(protocol.write_frames(first, CLIP[first : first + count], track))
 
     def leave(self) -> None:
-        self.to_server.put_nowait({"type": "websocket.disconnect", "code": 1006})
+        if not self.gone:
+            self.gone = True
+            self.stream.left()
 
     async def hear(self) -> Any:
         """The next message: a dict, bytes, or the close code."""
         async with asyncio.timeout(WITHIN_S):
-            while (message := await self.to_client.get())["type"] == "websocket.accept":
-                pass
-        if message["type"] == "websocket.close":
-            return message["code"]
-        return json.loads(message["text"]) if "text" in message else message["bytes"]
+            return await self.to_client.get()
 
     async def until(self, track: int, kind: str) -> dict[str, Any]:
         """The next text message of this kind for a track; those for other tracks may come before."""
@@ -93,8 +111,10 @@ class House:
 
     @asynccontextmanager
     async def wire(self, query: str = "") -> AsyncIterator[Wire]:
-        wire = Wire(query)
-        wire.served = asyncio.create_task(self.sockets.serve(wire.server, "channels"))
+        stream = Stream(self.predictor, "channels")
+        wire = Wire(query, stream)
+        wire.served = asyncio.create_task(self.sockets.run(stream, wire, wire.query, lambda: None))
+        await asyncio.sleep(0)
         try:
             yield wire
         finally:
@@ -459,11 +479,12 @@ def test_tracks_that_find_their_client_gone_at_once_are_no_failures(catalog: Cat
     async def scenario(house: House) -> None:
         async with house.wire() as wire:
             sessions = await opened(wire, 1, 2, 3)
-            wire.gone = True
             for track in (1, 2, 3):  # each has an answer for nobody
                 wire.frames(track, 0)
+            wire.leave()
             async with asyncio.timeout(WITHIN_S):
                 await wire.served
+                await house.runner.idle()
         assert [house.predictor.sessions.find(session).next_frame for session in sessions] == [1, 1, 1]
 
     with capture_logs() as lines:
