@@ -31,9 +31,9 @@ def note(**facts: Any) -> None:
         notes.update(facts)
 
 
-def current() -> Mapping[str, Any]:
-    """The notes of the work under way, empty where there are none."""
-    return _current.get() or {}
+def current() -> dict[str, Any] | None:
+    """The notes of the work under way themselves, for whoever adds to them from outside of its task; None where there are none."""
+    return _current.get()
 
 
 def spoken(notes: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -66,14 +66,14 @@ class Traces:
         """A request was answered just now, with what is noted of it."""
         if route.startswith(_UNTRACED):
             return
-        end, noted = time.time_ns(), notes.current()
+        end, noted = time.time_ns(), notes.current() or {}
         said = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
         failed = {"error.type": str(status)} if status >= 500 else {}
         self._emit(f"{method} {route}", noted, end - int(1e9 * seconds), end, {**said, **failed})
 
     def attached(self, session: Session, owner: object) -> None:
         """`owner` begins to stream the session."""
-        noted = {**notes.current(), "session": session}
+        noted = {**(notes.current() or {}), "session": session}
         self._streams[owner] = (time.time_ns(), session.next_frame, noted, _Work(self._metrics, session))
 
     def detached(self, session: Session, owner: object) -> None:
