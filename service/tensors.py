@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,7 @@ LONGEST_ID = 128  # bytes of a sequence's or a session's id
 
 NUMPY: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}  # of what models take
 _LONG = struct.Struct("<I")
+_LONGEST_HEAD = 1024  # bytes of JSON that are worth remembering
 _MOST_AXES = 32
 _MOST_NULLS = 2**24  # elements of a tensor in which null may stand for many: a short request must not make a large array
 
@@ -61,21 +63,61 @@ class InferRequest:
     wait_s: float | None  # longest time to wait for the model
 
 
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input as the JSON describes it: with its elements, or with the number of bytes behind the JSON that are its own."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    size: int
+    elements: npt.NDArray[Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """All that the JSON of a request says."""
+
+    id: str | None
+    tensors: tuple[Tensor, ...]
+    outputs: tuple[Wanted, ...]
+    step: Step | None
+    wait_s: float | None
+
+
 def read_request(body: bytes, header: str | None, inputs: Mapping[str, str], outputs: Sequence[str]) -> InferRequest:
     """`header` is that of the JSON's length, `inputs` the names a request may send and their datatypes, `outputs` those it may ask for.
 
     Raises `Malformed` naming the fault.
     """
-    head, rest = _split(body, header)
-    value = read_object(head)
+    head, rest = split(body, header, inputs, outputs)
+    return InferRequest(head.id, _arrays(head.tensors, rest), head.outputs, head.step, head.wait_s)
+
+
+def split(body: bytes, header: str | None, inputs: Mapping[str, str], outputs: Sequence[str]) -> tuple[Head, memoryview | None]:
+    """What the JSON says, and the bytes behind it, None where the header announces none. Arguments and errors as of `read_request`."""
+    text, rest = _split(body, header)
+    if rest is None or len(text) > _LONGEST_HEAD:
+        return _read_head(text, inputs, outputs), rest
+    return _remembered_head(text, tuple(inputs.items()), tuple(outputs)), rest
+
+
+@lru_cache(512)
+def _remembered_head(text: bytes, inputs: tuple[tuple[str, str], ...], outputs: tuple[str, ...]) -> Head:
+    """The requests of a stream begin with the same JSON again and again; only the bytes behind it differ."""
+    return _read_head(text, dict(inputs), outputs)
+
+
+def _read_head(text: bytes, inputs: Mapping[str, str], outputs: Sequence[str]) -> Head:
+    value = read_object(text)
     parameters = _parameters(value, "the request")
     request_id = value.get("id")
     if not isinstance(request_id, str | None):
         raise Malformed(f"id must be a string, got {request_id!r:.60}")
     refuse_reserved(parameters)
-    return InferRequest(
+    return Head(
         request_id,
-        _read_inputs(value.get("inputs"), rest, inputs),
+        _read_inputs(value.get("inputs"), inputs),
         read_outputs(value.get("outputs"), outputs, _flag(parameters, "binary_data_output")),
         read_step(parameters),
         read_wait(parameters),
@@ -176,13 +218,12 @@ def read_wait(parameters: Mapping[str, Any]) -> float | None:
     return microseconds / 1e6 if microseconds else None
 
 
-def _read_inputs(listed: Any, rest: memoryview | None, known: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
+def _read_inputs(listed: Any, known: Mapping[str, str]) -> tuple[Tensor, ...]:
     if not isinstance(listed, list) or not listed:
         raise Malformed(f"inputs must be a list of tensors: {', '.join(known)}")
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    at = 0
+    tensors: dict[str, Tensor] = {}
     for tensor in listed:
-        name = _name(tensor, "input", known, arrays)
+        name = _name(tensor, "input", known, tensors)
         datatype, shape = tensor.get("datatype"), read_shape(tensor.get("shape"), name)
         check_datatype(name, datatype, known[name])
         parameters = _parameters(tensor, f"input {name}")
@@ -191,11 +232,16 @@ def _read_inputs(listed: Any, rest: memoryview | None, known: Mapping[str, str])
         size = _number(parameters, "binary_data_size")
         if (size is None) == ("data" not in tensor):
             raise Malformed(f"input {name} must have either data or parameters.binary_data_size")
-        if size is None:
-            arrays[name] = _from_json(tensor["data"], name, datatype, shape)
-        else:
-            arrays[name] = _from_bytes(rest, at, size, name, datatype, shape)
-            at += size
+        tensors[name] = Tensor(name, datatype, shape, size or 0, _from_json(tensor["data"], name, datatype, shape) if size is None else None)
+    return tuple(tensors.values())
+
+
+def _arrays(tensors: Sequence[Tensor], rest: memoryview | None) -> dict[str, npt.NDArray[Any]]:
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    at = 0
+    for tensor in tensors:
+        arrays[tensor.name] = _from_bytes(tensor, rest, at) if tensor.elements is None else tensor.elements
+        at += tensor.size
     if rest is not None and at < len(rest):
         raise Malformed(f"unexpected additional input data: {len(rest) - at} bytes after the last tensor")
     return arrays
@@ -233,7 +279,8 @@ def read_shape(value: Any, name: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _from_bytes(rest: memoryview | None, at: int, size: int, name: str, datatype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _from_bytes(tensor: Tensor, rest: memoryview | None, at: int) -> npt.NDArray[Any]:
+    name, datatype, shape, size = tensor.name, tensor.datatype, tensor.shape, tensor.size
     if rest is None:
         raise Malformed(f"input {name} has a binary_data_size, but the header Inference-Header-Content-Length is missing")
     if at + size > len(rest):
@@ -271,9 +318,11 @@ def _from_json(data: Any, name: str, datatype: str, shape: tuple[int, ...]) -> n
     if type(None) in kinds:
         data = [math.nan if item is None else item for item in data]
     try:
-        return np.array(data, np.int64 if datatype == "INT64" else np.float64).reshape(shape)
+        array = np.array(data, np.int64 if datatype == "INT64" else np.float64).reshape(shape)
     except OverflowError:
         raise Malformed(f"data of input {name}: a number is out of the range of {datatype}") from None
+    array.setflags(write=False)  # it may be remembered
+    return array
 
 
 def read_outputs(listed: Any, known: Sequence[str], binary: bool) -> tuple[Wanted, ...]:

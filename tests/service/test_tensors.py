@@ -246,3 +246,19 @@ def test_bytes_as_answers() -> None:
     assert value["outputs"][0] == {"name": "scores", "datatype": "BYTES", "shape": [1, 2], "data": ["", "größer"]}
     assert value["outputs"][1]["parameters"] == {"binary_data_size": 16}
     assert body[length:] == b"\0\0\0\0\x08\0\0\0" + "größer".encode()
+
+
+def test_a_head_that_comes_again_is_read_with_the_bytes_that_come_with_it() -> None:
+    lengths = np.array([2, 1])
+    head = {"inputs": [tensor(lengths, "lengths"), binary()], "parameters": {"sequence_id": 7}, "id": "one"}
+    for factor in (1, 2, 3):
+        one = read(head, (factor * FRAMES).tobytes())
+        assert np.array_equal(one.inputs["frames"], factor * FRAMES)
+        assert np.array_equal(one.inputs["lengths"], lengths)
+        assert (one.id, one.step) == ("one", Step(7, False, False, None))
+    for after in (FRAMES.tobytes()[:-1], FRAMES.tobytes() + b"x"):
+        for _ in range(2):
+            with pytest.raises(Malformed, match="left of the body|after the last tensor"):
+                read(head, after)
+    with pytest.raises(Malformed, match="the model has lengths"):
+        read_request(json.dumps(head).encode() + FRAMES.tobytes(), str(len(json.dumps(head))), {"lengths": "INT64"}, OUTPUTS)
