@@ -8,10 +8,11 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
 from grpc import StatusCode, aio
 
 from service import calls
-from service.errors import NotSupported, ServiceError, TooMany
+from service.errors import Malformed, NotSupported, ServiceError, TooMany
 from service.gate import Gate
 from service.grpc_edge import Edge, abort
 from service.grpc_messages import ModelInferRequest, ModelStreamInferResponse, message_class
@@ -42,8 +43,8 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._streams: set[Stream] = set()
         self._draining = False
         self._handlers = {
-            _INFER: grpc.unary_unary_rpc_method_handler(self._infer, ModelInferRequest.FromString, _to_bytes),
-            _STREAM: grpc.stream_stream_rpc_method_handler(self._stream, ModelInferRequest.FromString, _to_bytes),
+            _INFER: grpc.unary_unary_rpc_method_handler(self._infer, _reader(ModelInferRequest), _to_bytes),
+            _STREAM: grpc.stream_stream_rpc_method_handler(self._stream, _reader(ModelInferRequest), _to_bytes),
         }
         for name, handler in {
             "ServerLive": self._live,
@@ -86,6 +87,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         with self._edge.counted(_INFER) as work:
             request = self._edge.begin()
             try:
+                _check_read(message)
                 answer = await self._answer(message, _headers(context), context.time_remaining())
             except Exception as error:
                 known = self._edge.known(error, _INFER, request)
@@ -131,7 +133,12 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                 response.parameters["triton_final_response"].bool_param = True  # no request has more than one
                 return ModelStreamInferResponse(infer_response=response)
 
-        stream = Stream(context.read, context.write, aio.EOF, answer)
+        async def read() -> Any:
+            message = await context.read()
+            _check_read(message)
+            return message
+
+        stream = Stream(read, context.write, aio.EOF, answer)
         self._streams.add(stream)
         if self._draining:
             stream.drain()
@@ -193,6 +200,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             with self._edge.counted(method) as work:
                 request = self._edge.begin()
                 try:
+                    _check_read(message)
                     answer = ParseDict(await handler(message, _headers(context)), response_class(), ignore_unknown_fields=True)
                 except Exception as error:
                     known = self._edge.known(error, method, request)
@@ -201,7 +209,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                 work.status = StatusCode.OK
                 return answer
 
-        return grpc.unary_unary_rpc_method_handler(run, message_class(f"{name}Request").FromString, _to_bytes)
+        return grpc.unary_unary_rpc_method_handler(run, _reader(message_class(f"{name}Request")), _to_bytes)
 
     def _refusing(self, method: str, error: ServiceError) -> Any:
         """Refuses a call whatever it sends. As a stream, for its first message would be read whole before it is answered otherwise."""
@@ -217,6 +225,23 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 def _headers(context: Any) -> Headers:
     return dict(context.invocation_metadata())
+
+
+def _reader(kind: Any) -> Callable[[bytes], Any]:
+    """From bytes to a message, or to the error that they are none: gRPC itself would tell the client what went wrong inside."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return Malformed("the message cannot be read")
+
+    return read
+
+
+def _check_read(message: Any) -> None:
+    if isinstance(message, Malformed):
+        raise message
 
 
 def _to_bytes(message: Any) -> bytes:

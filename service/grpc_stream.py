@@ -31,7 +31,6 @@ class Stream:
 
     def __init__(self, read: Callable[[], Awaitable[Any]], write: Callable[[Any], Awaitable[None]], end: object, answer: Answer) -> None:
         self._read, self._write, self._end, self._answer = read, write, end, answer
-        self._loop = asyncio.get_running_loop()
         self._lines: dict[tuple[str, str, int | str], Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers: deque[tuple[Any, int]] = deque()
@@ -91,7 +90,7 @@ class Stream:
             self._start(self._run_sequence(key, line))
 
     def _start(self, work: Any) -> asyncio.Task[None]:
-        task = self._loop.create_task(work)
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task
