@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from service.histogram import Histogram
@@ -28,6 +28,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         model = ["model", "version"]
+        ProcessCollector(registry=registry)  # memory, processor time and files of the process, under the names that all services have
         self.requests = Counter("indrnn_requests", "HTTP requests", ["route", "status"], registry=registry)
         self.request_seconds = Histogram("indrnn_request_seconds", "time from request to answer", ["route"], buckets=_SECONDS, registry=registry, fine=True)
         self.errors = Counter("indrnn_errors", "errors told to clients, by code", ["code"], registry=registry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -103,6 +104,7 @@ class Stream:
         self._slow: asyncio.TimerHandle | None = None
         self._last: ServiceError | None = None
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()  # with its notes: messages come from outside of any task
         self._end: asyncio.Future[ServiceError | None] = self._loop.create_future()  # why it ends; None: all was closed
 
     def stop(self, error: ServiceError) -> None:
@@ -198,7 +200,7 @@ class Stream:
     def _begin(self, message: Open) -> None:
         before = self._tracks.get(message.track)  # closed, but what came before may still be under way
         track = self._tracks[message.track] = Track(message.track, self, self._predictor, self._model)
-        task = track.start(message, before)
+        task = self._context.run(track.start, message, before)
         self._tasks.add(task)
         task.add_done_callback(self._track_done)
         if self._last is not None:

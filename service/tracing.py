@@ -6,6 +6,7 @@ session's own id: paths, which may hold one, stand as their routes.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from service.settings import Settings
 if TYPE_CHECKING:  # the extra `otel` is only there where traces are wanted
     from opentelemetry.sdk.trace import SpanProcessor
 
+CLOSE_S = 2.0
 _PATH = "/v1/traces"  # of the protocol, OTLP over HTTP
 _UNTRACED = ("/health/", "/v2/health/", "/metrics")  # asked every few seconds by machines
 _SPOKEN = {"request": "indrnn.request", "session": "indrnn.session", "rows": "indrnn.batch_rows", "queue_ms": "indrnn.queue_ms", "track": "indrnn.track"}
@@ -86,8 +88,10 @@ class Traces:
         self._emit(f"stream {session.model}", noted, began, time.time_ns(), said)
 
     def close(self) -> None:
-        """Sends what is left, for a few seconds where the collector does not answer."""
-        self._provider.shutdown()
+        """Sends what is left; where the collector does not answer that is given up after a while, which its own patience is longer than."""
+        closing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
 
     def _emit(self, name: str, noted: Mapping[str, Any], began: int, ended: int, said: dict[str, Any]) -> None:
         trace = noted.get("trace")
