@@ -22,8 +22,9 @@ from service.metadata import INPUTS, OUTPUTS, model_config, server_metadata
 from service.protocol import encode, read_object
 from service.runner import Runner
 from service.schemas import refusals
+from service.sequences import Sequences
 from service.shortcut import Hot, Ready
-from service.tensors import InferRequest, read_request, write_response
+from service.tensors import InferRequest, Step, read_request, split, write_lean_response, write_response
 
 router = APIRouter(tags=["open inference"])
 
@@ -128,21 +129,43 @@ async def infer(request: Request) -> Response:
     """
     if not predictor_of(request).models.at_work(request.path_params["name"]):
         _runner(request)  # raises: an unknown model is said before a long body is read
-    headers = headers_of(request)
-    asked, size = await _read(request, headers)
-    if asked.step is not None and b"origin" in headers:
-        gate_of(request).check_origin(request.headers)  # the id may be guessed, by any page that the user has open
+    headers, limit = headers_of(request), settings_of(request).body_bytes
+    body = await read_body(request, limit, headers)
+    encoding, announced = headers.get(b"content-encoding", b"").decode("latin-1"), headers.get(_LENGTH)
+    length = None if announced is None else announced.decode("latin-1")
+    if length is not None and not encoding and len(body) <= _LARGE:
+        written = await _fly(request, headers, body, length)
+        if written is not None:
+            return await _write(headers, *written)
+    asked, size = await _read(body, encoding, length, limit)
+    _check_origin(request, headers, asked.step)
     name = request.path_params["name"]
-    done = await calls.infer(predictor_of(request), request.app.state.sequences, name, request.path_params.get("version"), asked, size)
+    done = await calls.infer(predictor_of(request), _sequences(request), name, request.path_params.get("version"), asked, size)
     return await _write(headers, *write_response(asked, name, done.version, done.parameters, done.outputs))
 
 
-async def _read(request: Request, headers: Mapping[bytes, bytes]) -> tuple[InferRequest, int]:
+async def _fly(request: Request, headers: Mapping[bytes, bytes], body: bytes, length: str) -> tuple[bytes, int] | None:
+    """The answer to what streams send again and again; None for everything else."""
+    head, rest = split(body, length, INPUTS, OUTPUTS)
+    if rest is None or head.step is None or not head.lean:
+        return None
+    _check_origin(request, headers, head.step)
+    name = request.path_params["name"]
+    done = await _sequences(request).fly(name, request.path_params.get("version"), head.step, head.tensors[0].shape, rest)
+    if done is None:
+        return None
+    session, flight = done
+    return write_lean_response(head, name, session.version, flight.first + flight.count, flight.count, flight.scores)
+
+
+def _check_origin(request: Request, headers: Mapping[bytes, bytes], step: Step | None) -> None:
+    """The id of a sequence may be guessed, by any page that the user has open."""
+    if step is not None and b"origin" in headers:
+        gate_of(request).check_origin(request.headers)
+
+
+async def _read(body: bytes, encoding: str, length: str | None, limit: int) -> tuple[InferRequest, int]:
     """The request, and how many bytes it had."""
-    limit = settings_of(request).body_bytes
-    encoding, announced = headers.get(b"content-encoding", b"").decode("latin-1"), headers.get(_LENGTH)
-    length = None if announced is None else announced.decode("latin-1")
-    body = await read_body(request, limit, headers)
 
     def read() -> tuple[InferRequest, int]:
         plain = inflate(body, encoding, limit)
@@ -222,6 +245,11 @@ async def _read_management(request: Request) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise Malformed(f"parameters must be an object, got {parameters!r:.60}")
     return parameters
+
+
+def _sequences(request: Request) -> Sequences:
+    sequences: Sequences = request.app.state.sequences
+    return sequences
 
 
 def _runner(request: Request) -> Runner:

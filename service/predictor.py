@@ -27,7 +27,7 @@ from service.errors import (
     ServiceError,
     TakenOver,
 )
-from service.frames import Payload
+from service.frames import FrameReader, Payload
 from service.metrics import Metrics
 from service.options import Options
 from service.progress import Passage, Progress
@@ -182,20 +182,31 @@ class Predictor:
         async with self.turn(session, deadline, owner):
             return await self.take(session, first, count, payload, options, deadline)
 
-    def launch(self, session: Session, first: int, count: int, payload: memoryview, options: Options, owner: Owner, landed: Landed) -> bool:
+    def reader(self, session: Session) -> FrameReader:
+        """Reads the frames of a live session's client."""
+        return self._runners[session].reader(session.options.layout)
+
+    def launch(
+        self, session: Session, first: int, count: int, payload: memoryview, options: Options, owner: Owner | None, landed: Landed, *, read: bool = False
+    ) -> bool:
         """As `advance` for raw frames that are next in turn, without a task that waits: `landed` is called with the error or with what came of them.
 
+        `read`: the session's reader has read them. Without an owner the oldest answers are forgotten where there is no room for these.
         False where there is more to it than that; nothing has happened then, and `advance` is to be asked. `Suspect` means the same, later.
         """
         runner = self._runners.get(session)
-        if runner is None or self.draining or session.owner is not owner or first != session.next_frame or not 0 < count <= session.answers.room:
+        if runner is None or self.draining or session.owner is not owner or first != session.next_frame:
+            return False
+        if not 0 < count <= (session.answers.limit if owner is None else session.answers.room):
             return False
         progress = session.progress
         if progress.resampler is not None or (options.events and progress.detector is None) or len(payload) > _LARGE:
             return False
         reader = runner.reader(session.options.layout)
-        unread = reader.raw_bytes > 0
-        if unread:
+        unread = reader.raw_bytes > 0 and not read
+        if read:
+            frames = payload
+        elif unread:
             if len(payload) != count * reader.raw_bytes:
                 return False
             frames = payload
@@ -208,8 +219,10 @@ class Predictor:
             return False
         session.queued += 1
         now = session.used = time.monotonic()
-        flight = Flight(self, session, runner, landed)
+        flight = Flight(self, session, runner, count, landed)
         flight.stretch = Stretch(session.row, frames, count, now + self._settings.deadline_s, flight, unread=unread)
+        if owner is None:
+            flight.stretch.noted = notes.current()
         try:
             runner.launch(flight.stretch)
         except ServiceError:
@@ -485,9 +498,10 @@ class Predictor:
 class Flight:
     """The frames of one message, or of several that follow each other, on their way through the model; it has the session's turn."""
 
-    __slots__ = ("_landed", "_predictor", "_runner", "_session", "events", "first", "scores", "stretch")
+    __slots__ = ("_landed", "_predictor", "_runner", "_session", "count", "events", "first", "scores", "stretch")
 
-    def __init__(self, predictor: Predictor, session: Session, runner: Runner, landed: Landed) -> None:
+    def __init__(self, predictor: Predictor, session: Session, runner: Runner, count: int, landed: Landed) -> None:
+        self.count = count
         self._predictor = predictor
         self._session = session
         self._runner = runner

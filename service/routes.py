@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from service import schemas
+from service import schemas, steps
 from service.app_state import gate_of, predictor_of, settings_of
 from service.bodies import media_type, read_body, read_frames_body, read_json
 from service.errors import Draining, Malformed
@@ -186,8 +186,7 @@ async def _step(request: Request, asked: _Frames) -> Response:
         ack = None if fields.get("ack") is None else frame_number(fields["ack"], "ack")
     elif first is None:
         raise Malformed("a binary body needs ?first=, the number of its first frame")
-    count = len(payload.value) if isinstance(payload.value, list) else None
-    answer = await predictor.advance(session, first, count, payload, _options(options, session.options))
+    answer = await steps.advance(predictor, session, first, payload, _options(options, session.options))
     if ack is not None:
         predictor.acknowledge(session, ack)
     return _answer(answer)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import structlog
 
+from service import steps
 from service.errors import SequenceExpired, SequenceLive, SequenceNotFound, SessionExpired, SessionNotFound
 from service.frames import Payload
 from service.options import Options
-from service.predictor import Predictor
+from service.predictor import Flight, Predictor
 from service.protocol import Answer
 from service.roles import ALIASES
 from service.sessions import Session
@@ -55,6 +56,17 @@ class Sequences:
             finally:
                 if opened and not session.next_frame and session.ended is None:  # before anyone who waits for its turn can have it
                     self._predictor.end(session, "failed")
+
+    async def fly(self, model: str, version: str | None, step: Step, shape: tuple[int, ...], frames: memoryview) -> tuple[Session, Flight] | None:
+        """As `step`, for raw frames (1, count, ...) of a sequence that is under way and does not end. None where there is more to it than that, and `step`
+        is to be asked; nothing has happened then.
+        """
+        session = self._live(model, step.sequence)
+        if session is None or version not in (None, session.version) or self._predictor.reader(session).shape != shape[2:]:
+            return None
+        first = session.next_frame if step.first is None else step.first
+        flight = await steps.fly(self._predictor, session, first, Payload("raw", bytes(frames), len(frames)), _OPTIONS)
+        return None if flight is None else (session, flight)
 
     def _find(self, model: str, version: str | None, step: Step) -> tuple[Session, bool]:
         """The session, and whether it was opened just now."""

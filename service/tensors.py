@@ -84,6 +84,16 @@ class Head:
     step: Step | None
     wait_s: float | None
 
+    @property
+    def lean(self) -> bool:
+        """Whether this is nothing but frames of a sequence under way, behind the JSON, whose scores are wanted as bytes: what streams send again and again."""
+        step, outputs = self.step, self.outputs
+        if step is None or step.start or step.end or self.wait_s is not None or len(self.tensors) != 1 or len(outputs) != 1:
+            return False
+        only = self.tensors[0]
+        fits = only.elements is None and len(only.shape) > 2 and only.shape[0] == 1 and only.size == 4 * math.prod(only.shape)
+        return fits and only.datatype == "FP32" and outputs[0].binary and not outputs[0].classes
+
 
 def read_request(body: bytes, header: str | None, inputs: Mapping[str, str], outputs: Sequence[str]) -> InferRequest:
     """`header` is that of the JSON's length, `inputs` the names a request may send and their datatypes, `outputs` those it may ask for.
@@ -145,6 +155,25 @@ def write_response(
         answer["parameters"] = parameters
     head = encode(answer)
     return (b"".join([head, *parts]), len(head)) if parts else (head, None)
+
+
+def write_lean_response(head: Head, model: str, version: str, step: int, count: int, scores: bytes) -> tuple[bytes, int]:
+    """As `write_response` to a lean request: `scores` of `count` frames, and the sequence's next step."""
+    assert head.step is not None
+    written = _lean_prefix(head.id, model, version, head.outputs[0].name, head.step.sequence, count, len(scores)) + b"%d}}" % step
+    return written + scores, len(written)
+
+
+@lru_cache(512)
+def _lean_prefix(request_id: str | None, model: str, version: str, name: str, sequence: int | str, count: int, size: int) -> bytes:
+    """All but the number of the step, which is what differs between the answers of a sequence."""
+    shape = (1, count, size // count // 4)
+    output = {"name": name, "datatype": "FP32", "shape": shape, "parameters": {"binary_data_size": size}}
+    answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": [output]}
+    if request_id is not None:
+        answer["id"] = request_id
+    answer["parameters"] = {"sequence_id": sequence, "sequence_step": 0}
+    return encode(answer).removesuffix(b"0}}")
 
 
 def _split(body: bytes, header: str | None) -> tuple[bytes, memoryview | None]:

@@ -210,6 +210,43 @@ def test_whatever_is_sent_nothing_breaks(http: httpx.Client, changes: list[tuple
         assert answer.json()["error"]
 
 
+STEPPED = st.lists(
+    st.tuples(
+        st.integers(0, 3),  # frames
+        st.sampled_from([None, None, None, 0, 1, -2]),  # sequence_step, from the next one
+        st.sampled_from(["", "", "", "bad", "wide", "tail", "id", "end", "start", "json", "9"]),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STEPPED)
+def test_lean_requests_are_answered_as_others_are(http: httpx.Client, messages: list[tuple[int, int | None, str]]) -> None:
+    """A timeout makes a request one that is read and run in the ordinary way, and changes nothing else."""
+    answers: list[list[Any]] = []
+    for timeout in ({}, {"timeout": 50_000_000}):
+        http.post(INFER, json=asking(CLIP[None, :1], sequence_id="lean", sequence_start=True))
+        answers.append([])
+        at = 1
+        for count, off, kind in messages:
+            clip = CLIP[None, at : at + count].copy()
+            if kind == "bad" and count:
+                clip[0, -1, 0] = np.nan
+            clip = clip[..., :2] if kind == "wide" else clip
+            parameters: dict[str, Any] = {"sequence_id": "lean", **timeout, **({} if off is None else {"sequence_step": at + off})}
+            parameters |= {"sequence_end": True} if kind == "end" else {"sequence_start": True} if kind == "start" else {}
+            described = {"name": "frames", "shape": list(clip.shape), "datatype": "FP32", "parameters": {"binary_data_size": clip.nbytes}}
+            wanted = {"name": "scores", "parameters": {"binary_data": kind != "json"}}
+            head = json.dumps({"inputs": [described], "outputs": [wanted], "parameters": parameters, **({"id": "x"} if kind == "id" else {})}).encode()
+            url = INFER.replace("/infer", "/versions/9/infer") if kind == "9" else INFER
+            answer = http.post(url, content=head + clip.tobytes() + (b"x" if kind == "tail" else b""), headers={LENGTH: str(len(head))})
+            answers[-1].append((answer.status_code, answer.content, answer.headers.get(LENGTH), answer.headers["content-type"]))
+            if answer.status_code == 200 and not (off or 0) < 0:
+                at = count if kind == "start" and off is None else at + count
+    assert answers[0] == answers[1]
+
+
 def test_too_large_without_saying_so(http: httpx.Client) -> None:
     answer = http.post(INFER, content=(b" " * 1200 for _ in range(300)))
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")

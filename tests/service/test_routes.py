@@ -31,7 +31,7 @@ def test_a_model_explains_itself(http: httpx.Client) -> None:
     assert value["manifest"]["classes"] == list(SKELETON.classes)
     assert "self_test" not in value["manifest"]
     assert "kinect-v2" in value["layouts"]
-    assert set(value["live"]) == {"sessions", "waiting", "frames", "batches", "mean_batch_rows"}
+    assert set(value["live"]) == {"sessions", "waiting", "frames", "batches", "mean_batch_rows", "padding"}
     assert http.get("/v1/models/channels?version=9").json()["version"] == "9"
 
 
