@@ -184,6 +184,16 @@ def test_the_gpu_override_fits() -> None:
     assert service["cap_drop"] == ["ALL"]
 
 
+def test_the_grpc_override_fits() -> None:
+    need("docker", "compose", "version")
+    command = ["docker", "compose", "-f", "compose.yaml", "-f", "docker/compose.grpc.yaml", "config", "--format", "json"]
+    for chosen, port in (({}, "8001"), ({"INDRNN_GRPC_PORT": "9001"}, "9001")):
+        service = json.loads(run(command, bare_environment() | chosen))["services"]["indrnn"]
+        assert service["environment"]["INDRNN_GRPC_PORT"] == port
+        published = {str(one["target"]): (one["published"], one["host_ip"]) for one in service["ports"]}
+        assert published == {"8000": ("8000", "127.0.0.1"), port: (port, "127.0.0.1")}
+
+
 def test_compose_hands_over_every_setting() -> None:
     service = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]["indrnn"]
     settings = {f"INDRNN_{name.upper()}" for name in Settings.model_fields if name not in SET_BY_THE_IMAGE | {"workers"}}
