@@ -116,7 +116,7 @@ def decide(held: Mark | None, checkpoint: Checkpoint, owner: str) -> Outcome:
 class StoreSettings:
     """How a store is used. `url` says where it is and of which kind, see `stores.open_store`."""
 
-    url: str = "memory://"
+    url: str = field(default="memory://", repr=False)  # may have a password
     durability: Durability = "memory"
     idle_s: float = 600.0
     age_s: float | None = None

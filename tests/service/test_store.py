@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from service.errors import SessionNotFound
 from service.store import MOST_EPOCH, MOST_FRAMES, MOST_IN_BATCH, Attached, Checkpoint, Outcome, Store, StoreSettings, key
 from service.store_memory import MemoryStore, Records
+from service.store_redis import RedisStore
 from service.store_sqlite import SqliteStore
+from tests.valkey_process import Valkey, free_port, join, running
 
 SAVED, FENCED, STALE, ENDED = Outcome.SAVED, Outcome.FENCED, Outcome.STALE, Outcome.ENDED
 
@@ -44,14 +47,36 @@ class Place:
         asyncio.run(whole())
 
 
-@pytest.fixture(params=["memory", "sqlite", "sqlite fsynced"])
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with running(tmp_path_factory.mktemp("valkey"), "--appendonly", "yes", "--appendfsync", "always", "--save", "") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Valkey]]:
+    """Two nodes, each with half of the slots."""
+    with contextlib.ExitStack() as stack:
+        options = ("--cluster-enabled", "yes", "--appendonly", "yes", "--appendfsync", "always", "--save", "", "--cluster-port")
+        nodes = [stack.enter_context(running(tmp_path_factory.mktemp(f"node-{number}"), *options, str(free_port()))) for number in range(2)]
+        join(nodes, [(0, 8191), (8192, 16383)])
+        yield nodes
+
+
+@pytest.fixture(params=["memory", "sqlite", "sqlite fsynced", "valkey", "valkey fsynced", "cluster", "cluster fsynced"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "memory":
+    kind, _, durability = request.param.partition(" ")
+    settings = StoreSettings(durability=durability or "memory", prefix=f"{tmp_path.name}:", timeout_s=10)
+    if kind == "memory":
         records: Records = {}
-        return Place(lambda settings: MemoryStore(settings, records), StoreSettings())
-    if request.param == "sqlite":
-        return Place(lambda settings: SqliteStore(settings, tmp_path / "sessions"), StoreSettings())
-    return Place(lambda settings: SqliteStore(settings, tmp_path / "sessions"), StoreSettings(durability="fsynced"))
+        return Place(lambda settings: MemoryStore(settings, records), settings)
+    if kind == "sqlite":
+        return Place(lambda settings: SqliteStore(settings, tmp_path / "sessions"), settings)
+    if kind == "valkey":
+        url = f"redis://127.0.0.1:{request.getfixturevalue('valkey').port}"
+    else:
+        url = f"redis+cluster://127.0.0.1:{request.getfixturevalue('cluster')[0].port}"
+    return Place(RedisStore, dataclasses.replace(settings, url=url))
 
 
 def at(frame: int, epoch: int = 1, session: str = "s", sequence: int = 0) -> Checkpoint:
@@ -301,8 +326,10 @@ def test_any_id_and_any_bytes(place: Place) -> None:
     place.run(scenario)
 
 
-def test_records_expire_unless_saved_or_touched(place: Place) -> None:
-    async def scenario(place: Place) -> None:
+def test_records_expire(place: Place) -> None:
+    """Unless they are saved or touched; and at an age, however busy."""
+
+    async def idle(place: Place) -> None:
         store = await place.owner(idle_s=0.6)
         await store.save([at(1, session=session) for session in ("left", "touched", "saved")])
         for _ in range(3):
@@ -317,20 +344,19 @@ def test_records_expire_unless_saved_or_touched(place: Place) -> None:
         assert await store.load("saved") is not None
         assert await store.attach("left") == Attached(1, None)
 
-    place.run(scenario)
-
-
-def test_records_expire_at_an_age_however_busy(place: Place) -> None:
-    async def scenario(place: Place) -> None:
-        store = await place.owner(idle_s=60, age_s=0.6)
-        await store.attach("s")
+    async def old(place: Place) -> None:
+        store = await place.owner(idle_s=60, age_s=0.7)
+        await store.attach("old")
         for frame in range(1, 3):
             await asyncio.sleep(0.2)
-            assert await store.touch(["s"]) == []
-            assert await store.save([at(frame)]) == [SAVED]
-        await asyncio.sleep(0.4)
-        assert await store.touch(["s"]) == ["s"]
-        assert await store.load("s") is None
+            assert await store.touch(["old"]) == []
+            assert await store.save([at(frame, session="old")]) == [SAVED]
+        await asyncio.sleep(0.5)
+        assert await store.touch(["old"]) == ["old"]
+        assert await store.load("old") is None
+
+    async def scenario(place: Place) -> None:
+        await asyncio.gather(idle(place), old(place))
 
     place.run(scenario)
 
