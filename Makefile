@@ -21,7 +21,7 @@ $(error DEVICE is cpu or gpu, not $(DEVICE))
 endif
 
 .DEFAULT_GOAL = help
-.PHONY: help serve dev test test-service lint bench bench-training bench-endless bench-rates models lock clean
+.PHONY: help serve dev test test-service lint bench bench-rivals bench-training bench-endless bench-rates models lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ lint: $(DEV)/.installed ## ruff and mypy
 bench: $(TEST_SERVICE)/.installed ## frames a second and latencies of the service, beside its limits (ARGS=--quick)
 	@$(TEST_SERVICE)/bin/python -m tests.bench $(ARGS)
 
+bench-rivals: $(TEST_SERVICE)/.installed ## the same beside Triton, LitServe, MLServer, BentoML; installs them into build/rivals, once
+	@$(TEST_SERVICE)/bin/python -m tests.bench.rivals $(ARGS)
+
 bench-training: $(DEV)/.installed ## the recurrent layer beside its matrix product, torch's RNN, GRU and LSTM; minutes (ARGS=--quick)
 	@$(DEV)/bin/python -m tests.bench.training $(ARGS)
 
@@ -76,9 +79,9 @@ define shipped
 endef
 
 lock: $(LOCK)/.installed ## resolve pyproject.toml into requirements-*.txt again (ARGS=--upgrade for newer versions)
-	$(COMPILE) --extra cpu -o requirements-cpu.txt
-	$(COMPILE) --extra gpu -c requirements-cpu.txt -o requirements-gpu.txt
-	$(COMPILE) --extra cpu --extra redis --extra test -c requirements-cpu.txt -o requirements-test.txt
+	$(COMPILE) --extra cpu --extra otel -o requirements-cpu.txt
+	$(COMPILE) --extra gpu --extra otel -c requirements-cpu.txt -o requirements-gpu.txt
+	$(COMPILE) --extra cpu --extra redis --extra otel --extra test -c requirements-cpu.txt -o requirements-test.txt
 	printf "%s; python_version < '3'\n" $(TORCH_CUDA) >$(LOCK)/without-cuda.txt
 	$(COMPILE) --extra cpu --extra train -c requirements-test.txt -c requirements-torch.txt \
 	  --override $(LOCK)/without-cuda.txt --no-emit-package torch -o requirements-train.txt

@@ -20,11 +20,13 @@ from tests.bench import bars, programs
 from tests.bench.alone import Alone
 from tests.bench.figures import Figure, Report, Variant
 from tests.bench.load import Group, Result, messages, run
+from tests.bench.rivals.rival import Rival
 from tests.bench.servers import Servers
 from tests.bench.wire import Http
 
 TOY = toy_models.WIDE
 CHECKED = 8  # messages of each stream whose scores are compared with onnxruntime's
+LOADS = (("service", 64, 1), ("service", 64, 8), ("infer", 16, 1), ("steps", 16, 1), ("clips", 4, bars.CLIP))  # whose scores are compared
 SLOW_FPS = 30.0
 FAST_DEPTH = 16  # messages of the fast stream that are under way
 
@@ -32,14 +34,14 @@ FAST_DEPTH = 16  # messages of the fast stream that are under way
 class Bench:
     """`args`: seconds, warmup, rounds, starts, open_sessions."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, args: argparse.Namespace, stack: ExitStack, rivals: Sequence[Rival] = ()) -> None:
         self.args = args
         self._models = folder / "models"
         path = toy_models.write_toy(self._models, "bench", TOY)
         self.manifest = _manifest(path)
         self.frames = toy_models.example_frames(TOY, 512)
         self.alone = Alone(path, self.manifest)
-        self.servers = stack.enter_context(Servers(folder, path, self.manifest, self.frames, args.open_sessions))
+        self.servers = stack.enter_context(Servers(folder, path, self.manifest, self.frames, args.open_sessions, rivals))
 
     # In rounds
 
@@ -134,10 +136,10 @@ class Bench:
                 memory.append(program.memory() / 2**20)
         report.facts |= {bars.FIRST_START: took[0], bars.START: median(took[1:]), bars.IDLE_MB: median(memory)}
 
-    def equality(self) -> dict[str, float]:
-        """How far scores of streams served together are from onnxruntime's for each alone, frame by frame: over every protocol."""
+    def equality(self, loads: Sequence[tuple[str, int, int]] = LOADS) -> dict[str, float]:
+        """How far scores of streams served together are from onnxruntime's for each alone, frame by frame, for (who, streams, frames in a message)."""
         largest, same, answers = 0.0, True, 0
-        for who, streams, per_message in (("service", 64, 1), ("service", 64, 8), ("infer", 16, 1), ("steps", 16, 1), ("clips", 4, bars.CLIP)):
+        for who, streams, per_message in loads:
             dialect = self.servers.dialect(who)
             found = run([Group(dialect, streams, per_message)], self.frames, 0.1, warmup=0.05, record=CHECKED)[0]
             chunks = messages(self.frames, per_message)

@@ -63,8 +63,8 @@ class Dialect:
     opening: ClassVar[int] = 0  # frames that opening a stream takes
     stateless: ClassVar[bool] = False  # whether every message begins from the zero state
 
-    def open(self, count: int, first: Floats) -> list[Stream]:
-        """`count` streams; `first` (1, ...) is the frame that is sent where opening takes one. Raises `LoadError`."""
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
+        """`count` streams, which will send these bodies; `first` (1, ...) is the frame that is sent where opening takes one. Raises `LoadError`."""
         raise NotImplementedError
 
     def bodies(self, messages: Sequence[Floats]) -> list[Body]:
@@ -106,7 +106,7 @@ class Streaming(Dialect):
     kind = WEBSOCKET
     number = LITTLE_ENDIAN
 
-    def open(self, count: int, first: Floats) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
         address = f"{self.url.replace('http', 'ws', 1)}/v1/models/{self.model}/stream"
         wires: list[Websocket] = []
         for start in range(0, count, 64):  # side by side, but no more than a server's backlog holds
@@ -151,7 +151,7 @@ class RestSteps(Dialect):
 
     number = DECIMAL
 
-    def open(self, count: int, first: Floats) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
         wires = [Http(self.url, f"session {index}") for index in range(count)]
         names = ["bare" if self.bare else json.loads(wire.ask("POST", f"/v1/models/{self.model}/sessions"))["session"] for wire in wires]
         return [Stream(wire, wire.head("POST", f"/v1/sessions/{name}/frames", Content_Type=JSON), name) for wire, name in zip(wires, names, strict=True)]
@@ -178,7 +178,7 @@ class SequenceSteps(Dialect):
 
     opening = 1
 
-    def open(self, count: int, first: Floats) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
         streams = []
         for index in range(count):
             wire, name = Http(self.url, f"sequence {index}"), next(_sequences)
@@ -237,7 +237,7 @@ class Clips(Dialect):
 
     stateless = True
 
-    def open(self, count: int, first: Floats) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
         wires = [Http(self.url, f"client {index}") for index in range(count)]
         return [Stream(wire, wire.head("POST", f"/v1/models/{self.model}/predict?answers=binary&scores=last", Content_Type=OCTETS)) for wire in wires]
 

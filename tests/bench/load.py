@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run as `python tests/bench/load.py`
 import numpy as np
 import numpy.typing as npt
 
-from tests.bench.dialects import ACK_MESSAGE, Dialect, Floats, Stream, Streaming
+from tests.bench.dialects import ACK_MESSAGE, Body, Dialect, Floats, Stream, Streaming
 from tests.bench.native import Column, Found, Live, Outcome, Plan, Status, drive, rows
 from tests.bench.wire import PATIENCE_S, LoadError
 
@@ -75,9 +75,10 @@ def run(groups: Sequence[Group], frames: Floats, seconds: float, *, warmup: floa
     """
     _allow_files(sum(group.streams for group in groups) + SPARE_FILES)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(_open(group, frames[:1])) for group in groups]
+        made = [group.dialect.bodies(messages(frames, group.per_message)) for group in groups]
+        opened = [stack.enter_context(_open(group, frames[:1], bodies)) for group, bodies in zip(groups, made, strict=True)]
         poll = stack.enter_context(select.epoll())
-        plan = _plan(groups, opened, frames, poll)
+        plan = _plan(groups, opened, made, poll)
         most = int(FASTEST * (seconds + 0.1)) + len(plan.fds)
         live, found = rows(plan, max(ANSWER_BYTES, *(2 * group.dialect.answer_bytes for group in groups)), record, most)
         drive(plan, live, found, int(warmup * 1e9), int(seconds * 1e9), int(PATIENCE_S * 1e9))
@@ -103,9 +104,9 @@ def _allow_files(count: int) -> None:
 
 
 @contextlib.contextmanager
-def _open(group: Group, first: Floats) -> Iterator[list[Stream]]:
+def _open(group: Group, first: Floats, bodies: Sequence[Body]) -> Iterator[list[Stream]]:
     """The group's streams, closed as they should be after a good run and somehow after another."""
-    streams = group.dialect.open(group.streams, first)
+    streams = group.dialect.open(group.streams, first, bodies)
     for stream in streams:
         stream.wire.socket.setblocking(False)
     try:
@@ -116,9 +117,8 @@ def _open(group: Group, first: Floats) -> Iterator[list[Stream]]:
             stream.wire.socket.close()
 
 
-def _plan(groups: Sequence[Group], opened: Sequence[Sequence[Stream]], frames: Floats, poll: select.epoll) -> Plan:
+def _plan(groups: Sequence[Group], opened: Sequence[Sequence[Stream]], made: Sequence[Sequence[Body]], poll: select.epoll) -> Plan:
     streams = [stream for some in opened for stream in some]
-    made = [group.dialect.bodies(messages(frames, group.per_message)) for group in groups]
     fds = np.array([stream.wire.socket.fileno() for stream in streams], np.int32)
     by_fd = np.zeros(fds.max() + 1, np.int32)
     by_fd[fds] = range(len(fds))

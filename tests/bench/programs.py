@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +54,45 @@ def script(name: str, *arguments: object) -> Iterator[Program]:
     """A server of this folder."""
     with serving([sys.executable, str(HERE / name), *map(str, arguments)]) as program:
         yield program
+
+
+@contextmanager
+def answering(command: list[str], url: str, ready: str, environment: Mapping[str, str], log: Path) -> Iterator[Program]:
+    """Runs a server that says nothing of ours, until the block ends; begins when it answers `ready` with 200. What it writes goes to `log`."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=HERE, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        until = time.monotonic() + START_S
+        while not _answers(url + ready):
+            if process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"{' '.join(command)} does not serve:\n{log.read_text()[-2000:]}")
+            time.sleep(0.1)
+        yield Program(url, process.pid)
+    finally:
+        _end_all(process)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, for programs that cannot say which they took."""
+    with contextlib.ExitStack() as stack:
+        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _end_all(process: subprocess.Popen[bytes]) -> None:
+    """The process and those it started, which are all of its session."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,8 @@ from tests.bench import programs
 from tests.bench.dialects import Clips, Dialect, Floats, RestSteps, SequenceSteps, Streaming
 from tests.bench.load import Group, run
 from tests.bench.programs import Program
-from tests.bench.rivals.dialects import HandWritten, HandWrittenWebsocket
+from tests.bench.rivals.dialects import HandWritten, HandWrittenClips, HandWrittenWebsocket
+from tests.bench.rivals.rival import Rival
 from tests.bench.wire import Http
 
 ACTIVE = 64  # of the sessions of a crowded service
@@ -28,6 +30,7 @@ DIALECTS: dict[str, tuple[str, type[Dialect], bool]] = {  # program, dialect, wh
     "picows echo": ("picows echo", Streaming, True),
     "json echo": ("json echo", RestSteps, True),
     "hand-written JSON": ("hand-written", HandWritten, False),
+    "hand-written clips": ("hand-written", HandWrittenClips, False),
     "hand-written websocket": ("hand-written", HandWrittenWebsocket, False),
 }
 
@@ -35,8 +38,9 @@ DIALECTS: dict[str, tuple[str, type[Dialect], bool]] = {  # program, dialect, wh
 class Servers:
     """The programs of one run; `open_sessions` are held by the crowded service, those that are active among them."""
 
-    def __init__(self, folder: Path, model: Path, manifest: Manifest, frames: Floats, open_sessions: int) -> None:
+    def __init__(self, folder: Path, model: Path, manifest: Manifest, frames: Floats, open_sessions: int, rivals: Sequence[Rival] = ()) -> None:
         self.folder = folder
+        self._rivals = {rival.name: rival for rival in rivals}
         self.frames = frames
         self._models, self._model, self._manifest = folder / "models", model, manifest
         self._idle = open_sessions - ACTIVE
@@ -51,6 +55,8 @@ class Servers:
         self._stack.close()
 
     def dialect(self, who: str) -> Dialect:
+        if who in self._rivals:
+            return self._rivals[who].dialect(self.program(who).url, self.classes)
         program, dialect, bare = DIALECTS[who]
         return dialect(self.program(program).url, self.classes, bare=bare)
 
@@ -65,6 +71,8 @@ class Servers:
 
     def _start(self, name: str) -> Program:
         enter = self._stack.enter_context
+        if name in self._rivals:
+            return enter(self._rivals[name].run(self._model, self.folder))
         if name == "service":
             return enter(programs.service(self._models))
         if name == "crowded":

@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +211,7 @@ class Posts(Dialect):
 
     number = RestSteps.number
 
-    def open(self, count: int, first: Floats) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
         wires = [Http(self.url, f"client {index}") for index in range(count)]
         return [Stream(wire, wire.head("POST", "/")) for wire in wires]
 

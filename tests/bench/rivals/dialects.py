@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import orjson
 
-from tests.bench.dialects import JSON, Body, Dialect, Floats, Stream, json_body, read_object
+from tests.bench.dialects import ENDS_HEAD, JSON, Body, Dialect, Floats, SequenceSteps, Stream, json_body, read_object
 from tests.bench.native import BINARY, WEBSOCKET
 from tests.bench.wire import Http, Websocket, client_message
+
+_names = itertools.count(1)  # no two streams of a run share one
 
 
 class HandWritten(Dialect):
     """`handwritten.py`: frames and scores as JSON."""
 
-    def open(self, count: int, first: Floats) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
         wires = [Http(self.url, f"stream {index}") for index in range(count)]
         names = [json.loads(wire.ask("POST", "/streams"))["stream"] for wire in wires]
         return [Stream(wire, wire.head("POST", f"/streams/{name}/frames", Content_Type=JSON), name) for wire, name in zip(wires, names, strict=True)]
@@ -33,12 +38,25 @@ class HandWritten(Dialect):
         return np.array(read_object(answer).get("scores", ()), np.float32)
 
 
+class HandWrittenClips(HandWritten):
+    """`handwritten.py`: whole clips as JSON."""
+
+    stateless = True
+
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
+        wires = [Http(self.url, f"client {index}") for index in range(count)]
+        return [Stream(wire, wire.head("POST", "/predict", Content_Type=JSON)) for wire in wires]
+
+    def close(self, streams: Sequence[Stream], first: Floats) -> None:
+        Dialect.close(self, streams, first)
+
+
 class HandWrittenWebsocket(Dialect):
     """`handwritten.py`: a message is frames as they lie in memory, its answer the scores of the last."""
 
     kind = WEBSOCKET
 
-    def open(self, count: int, first: Floats) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
         wires = [Websocket(f"{self.url.replace('http', 'ws', 1)}/stream", f"stream {index}") for index in range(count)]
         for wire in wires:
             wire.shake_hands()
@@ -52,3 +70,67 @@ class HandWrittenWebsocket(Dialect):
     @property
     def answer_bytes(self) -> int:
         return 4 * self.classes
+
+
+class Named(Dialect):
+    """JSON whose beginning names the stream. Spaces at the end give all bodies one length, which a stream's head can say."""
+
+    path = "/"
+
+    def begin(self, name: int, shape: tuple[int, ...]) -> str:
+        """The body up to the frames."""
+        raise NotImplementedError
+
+    def frames(self, message: Floats) -> bytes:
+        """The frames and the rest of the body."""
+        return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY) + b"}"
+
+    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
+        streams = []
+        for index in range(count):
+            wire, begin = Http(self.url, f"stream {index}"), self.begin(next(_names), first.shape).encode()
+            head = wire.head("POST", self.path, Content_Type=JSON, Content_Length=str(len(begin) + len(bodies[0].data)))
+            streams.append(Stream(wire, head + ENDS_HEAD + begin))
+        return streams
+
+    def bodies(self, messages: Sequence[Floats]) -> list[Body]:
+        made = [self.frames(message) for message in messages]
+        longest = max(map(len, made))
+        return [Body(data.ljust(longest)) for data in made]
+
+    def _scores(self, answer: bytes, frames: int) -> Floats:
+        return np.array(read_object(answer).get("scores", ()), np.float32)
+
+
+class LitServe(Named):
+    path = "/predict"
+
+    def begin(self, name: int, shape: tuple[int, ...]) -> str:
+        return f'{{"stream":"{name}","frames":'
+
+
+class BentoML(LitServe):
+    path = "/step"
+
+
+class MLServer(Named):
+    path = "/v2/models/bench/infer"
+
+    def begin(self, name: int, shape: tuple[int, ...]) -> str:
+        stream = {"name": "stream", "shape": [1, 1], "datatype": "INT64", "data": [name]}
+        frames = {"name": "frames", "shape": [1, *shape], "datatype": "FP32"}
+        return f'{{"inputs":[{json.dumps(stream)},{json.dumps(frames)[:-1]},"data":'
+
+    def frames(self, message: Floats) -> bytes:
+        return orjson.dumps(message.ravel(), option=orjson.OPT_SERIALIZE_NUMPY) + b"}]}"
+
+    def _scores(self, answer: bytes, frames: int) -> Floats:
+        outputs: list[dict[str, Any]] = read_object(answer).get("outputs", [{}])
+        return np.array(outputs[0].get("data", ()), np.float32)
+
+
+class Triton(SequenceSteps):
+    """Its sequences tell no step."""
+
+    def _scores(self, answer: bytes, frames: int) -> Floats:
+        return Dialect._scores(self, answer, frames)
