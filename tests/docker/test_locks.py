@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = {"cpu": ["cpu", "otel"], "gpu": ["gpu", "otel"], "test": ["cpu", "redis", "otel", "test"], "train": ["cpu", "train"]}
+EXTRAS = {"cpu": ["cpu", "grpc", "otel"], "gpu": ["gpu", "grpc", "otel"], "test": ["cpu", "redis", "grpc", "otel", "test"], "train": ["cpu", "train"]}
 
 
 def locked(name: str) -> dict[str, set[str]]:
