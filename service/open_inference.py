@@ -24,7 +24,7 @@ from service.runner import Runner
 from service.schemas import refusals
 from service.sequences import Sequences
 from service.shortcut import Hot, Ready
-from service.tensors import InferRequest, Step, read_request, split, write_lean_response, write_response
+from service.tensors import InferRequest, Step, read_request, split_lean, write_lean_response, write_response
 
 router = APIRouter(tags=["open inference"])
 
@@ -136,7 +136,7 @@ async def infer(request: Request) -> Response:
     if length is not None and not encoding and len(body) <= _LARGE:
         written = await _fly(request, headers, body, length)
         if written is not None:
-            return await _write(headers, *written)
+            return await _write(headers, *written) if b"accept-encoding" in headers else _written(*written)
     asked, size = await _read(body, encoding, length, limit)
     _check_origin(request, headers, asked.step)
     name = request.path_params["name"]
@@ -146,16 +146,18 @@ async def infer(request: Request) -> Response:
 
 async def _fly(request: Request, headers: Mapping[bytes, bytes], body: bytes, length: str) -> tuple[bytes, int] | None:
     """The answer to what streams send again and again; None for everything else."""
-    head, rest = split(body, length, INPUTS, OUTPUTS)
-    if rest is None or head.step is None or not head.lean:
+    found = split_lean(body, length, INPUTS, OUTPUTS)
+    if found is None:
         return None
-    _check_origin(request, headers, head.step)
-    name = request.path_params["name"]
-    done = await _sequences(request).fly(name, request.path_params.get("version"), head.step, head.tensors[0].shape, rest)
+    head, rest = found
+    step, path = head.step, request.scope["path_params"]
+    assert step is not None
+    _check_origin(request, headers, step)
+    done = await _sequences(request).fly(path["name"], path.get("version"), step, head.tensors[0].shape, rest)
     if done is None:
         return None
     session, flight = done
-    return write_lean_response(head, name, session.version, flight.first + flight.count, flight.count, flight.scores)
+    return write_lean_response(head, step, path["name"], session.version, flight.first + flight.count, flight.count, flight.scores)
 
 
 def _check_origin(request: Request, headers: Mapping[bytes, bytes], step: Step | None) -> None:
@@ -176,12 +178,17 @@ async def _read(body: bytes, encoding: str, length: str | None, limit: int) -> t
 
 async def _write(asked: Mapping[bytes, bytes], body: bytes, length: int | None) -> Response:
     """Compressed only where just one encoding is asked for: some clients name what they cannot read."""
-    headers = [] if length is None else [(_LENGTH, b"%d" % length)]
     encoding = asked.get(b"accept-encoding", b"").decode("latin-1")
-    if encoding in ENCODINGS:
-        body = await asyncio.to_thread(deflate, body, encoding) if len(body) > _LARGE else deflate(body, encoding)
-        headers += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
-    return Ready(body, b"application/json" if length is None else b"application/octet-stream", headers)
+    if encoding not in ENCODINGS:
+        return _written(body, length)
+    body = await asyncio.to_thread(deflate, body, encoding) if len(body) > _LARGE else deflate(body, encoding)
+    return _written(body, length, (b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding"))
+
+
+def _written(body: bytes, length: int | None, *headers: tuple[bytes, bytes]) -> Response:
+    if length is None:
+        return Ready(body, b"application/json", headers)
+    return Ready(body, b"application/octet-stream", ((_LENGTH, b"%d" % length), *headers))
 
 
 # The model repository
@@ -225,11 +232,7 @@ for _path in ("generate", "generate_stream"):
     router.add_api_route(f"/v2/models/{{name}}/versions/{{version}}/{_path}", not_supported, methods=["POST"], include_in_schema=False)
 
 
-async def _infer(request: Request, _: tuple[()]) -> Response:
-    return await infer(request)
-
-
-HOT = [Hot(route, lambda query: (), _infer) for route in router.routes if isinstance(route, APIRoute) and route.endpoint is infer]
+HOT = [Hot(route, lambda query: (), lambda request, _: infer(request)) for route in router.routes if isinstance(route, APIRoute) and route.endpoint is infer]
 
 
 async def _read_fields(request: Request) -> dict[str, Any]:

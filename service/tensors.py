@@ -84,8 +84,7 @@ class Head:
     step: Step | None
     wait_s: float | None
 
-    @property
-    def lean(self) -> bool:
+    def is_lean(self) -> bool:
         """Whether this is nothing but frames of a sequence under way, behind the JSON, whose scores are wanted as bytes: what streams send again and again."""
         step, outputs = self.step, self.outputs
         if step is None or step.start or step.end or self.wait_s is not None or len(self.tensors) != 1 or len(outputs) != 1:
@@ -100,22 +99,28 @@ def read_request(body: bytes, header: str | None, inputs: Mapping[str, str], out
 
     Raises `Malformed` naming the fault.
     """
-    head, rest = split(body, header, inputs, outputs)
+    text, rest = _split(body, header)
+    if rest is None or len(text) > _LONGEST_HEAD:
+        head = _read_head(text, inputs, outputs)
+    else:
+        head, _ = _remembered_head(text, tuple(inputs.items()), tuple(outputs))
     return InferRequest(head.id, _arrays(head.tensors, rest), head.outputs, head.step, head.wait_s)
 
 
-def split(body: bytes, header: str | None, inputs: Mapping[str, str], outputs: Sequence[str]) -> tuple[Head, memoryview | None]:
-    """What the JSON says, and the bytes behind it, None where the header announces none. Arguments and errors as of `read_request`."""
+def split_lean(body: bytes, header: str, inputs: Mapping[str, str], outputs: Sequence[str]) -> tuple[Head, memoryview] | None:
+    """The JSON of a request that is lean, and the bytes behind it; None for any other. Arguments and errors as of `read_request`."""
     text, rest = _split(body, header)
     if rest is None or len(text) > _LONGEST_HEAD:
-        return _read_head(text, inputs, outputs), rest
-    return _remembered_head(text, tuple(inputs.items()), tuple(outputs)), rest
+        return None
+    head, lean = _remembered_head(text, tuple(inputs.items()), tuple(outputs))
+    return (head, rest) if lean else None
 
 
 @lru_cache(512)
-def _remembered_head(text: bytes, inputs: tuple[tuple[str, str], ...], outputs: tuple[str, ...]) -> Head:
-    """The requests of a stream begin with the same JSON again and again; only the bytes behind it differ."""
-    return _read_head(text, dict(inputs), outputs)
+def _remembered_head(text: bytes, inputs: tuple[tuple[str, str], ...], outputs: tuple[str, ...]) -> tuple[Head, bool]:
+    """The requests of a stream begin with the same JSON again and again, and only the bytes behind it differ. Says also whether it is lean."""
+    head = _read_head(text, dict(inputs), outputs)
+    return head, head.is_lean()
 
 
 def _read_head(text: bytes, inputs: Mapping[str, str], outputs: Sequence[str]) -> Head:
@@ -157,10 +162,9 @@ def write_response(
     return (b"".join([head, *parts]), len(head)) if parts else (head, None)
 
 
-def write_lean_response(head: Head, model: str, version: str, step: int, count: int, scores: bytes) -> tuple[bytes, int]:
+def write_lean_response(head: Head, step: Step, model: str, version: str, next_step: int, count: int, scores: bytes) -> tuple[bytes, int]:
     """As `write_response` to a lean request: `scores` of `count` frames, and the sequence's next step."""
-    assert head.step is not None
-    written = _lean_prefix(head.id, model, version, head.outputs[0].name, head.step.sequence, count, len(scores)) + b"%d}}" % step
+    written = _lean_prefix(head.id, model, version, head.outputs[0].name, step.sequence, count, len(scores)) + b"%d}}" % next_step
     return written + scores, len(written)
 
 
