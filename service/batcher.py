@@ -34,20 +34,40 @@ log = structlog.get_logger("batcher")
 
 
 class Job:
-    """One piece of work: `stream` tells whose frames they are (0: nobody else's), `frames` how many are left to run.
+    """One piece of work: `stream` tells whose frames they are (0: nobody else's), `frames` how many are left to run."""
 
-    `done` is called once, on the event loop: with None when all frames ran, else with the error that this job alone gets.
-    """
+    __slots__ = ("begun", "cancelled", "deadline", "frames", "queued", "stream")
 
-    __slots__ = ("begun", "cancelled", "deadline", "done", "frames", "queued", "stream")
-
-    def __init__(self, stream: int, frames: int, deadline: float, done: Callable[[BaseException | None], None]) -> None:
+    def __init__(self, stream: int, frames: int, queued: float, deadline: float) -> None:
         self.stream = stream
         self.frames = frames
-        self.deadline = deadline  # on time.monotonic's clock
-        self.done = done
-        self.queued = time.monotonic()
+        self.queued = queued  # on time.monotonic's clock, like the deadline
+        self.deadline = deadline
         self.begun = self.cancelled = False
+
+    def done(self, error: BaseException | None) -> None:
+        """Called once, on the event loop: with None when all frames ran, else with the error that this job alone gets."""
+        raise NotImplementedError
+
+
+class Awaited(Job):
+    """A job that somebody waits for with `Batcher.run`."""
+
+    __slots__ = ("error", "future", "over", "settled")
+
+    def __init__(self, stream: int, frames: int, queued: float, deadline: float) -> None:
+        super().__init__(stream, frames, queued, deadline)
+        self.future: asyncio.Future[None]
+        self.settled: Callable[[], None]
+        self.error: BaseException | None = None
+        self.over = False
+
+    def done(self, error: BaseException | None) -> None:
+        self.error, self.over = error, True
+        if error is None:
+            self.settled()
+        if not self.future.done():
+            self.future.set_result(None)
 
 
 class Model(Protocol):
@@ -109,7 +129,7 @@ class Batcher:
         await asyncio.to_thread(self._thread.join)
 
     def submit(self, job: Job) -> None:
-        """Puts a job into the line; raises `Overloaded` or `Draining`, and then `done` is never called."""
+        """Puts a job into the line, and calls its `done` later; raises `Overloaded` or `Draining`, and then never does."""
         if self._stopping:
             raise Draining("the service is shutting down")
         if self.waiting >= self._most_waiting:
@@ -122,41 +142,31 @@ class Batcher:
             self._due = True
             self._loop.call_soon(self._pump)  # what else comes in this turn of the event loop joins it
 
-    async def run(self, make: Callable[[Callable[[BaseException | None], None]], Job], settled: Callable[[], None]) -> None:
-        """Waits until all frames of the job that `make(done)` makes ran; raises the job's error, `Overloaded`, `Deadline` or `Draining`.
+    async def run(self, job: Awaited, settled: Callable[[], None]) -> None:
+        """Waits until all frames of the job ran; raises the job's error, `Overloaded`, `Deadline` or `Draining`.
 
         `settled` is called once when the job has run without error, even if the caller has left meanwhile.
         A caller that leaves (is cancelled) before the job begins costs nothing; after that the job is dropped between two slices,
         and the caller is held until nothing touches it any more.
         """
-        outcome: list[BaseException | None] = []
-        future = self._loop.create_future()
-
-        def done(error: BaseException | None) -> None:
-            if error is None:
-                settled()
-            outcome.append(error)
-            if not future.done():
-                future.set_result(None)
-
-        job = make(done)
+        job.future, job.settled = self._loop.create_future(), settled
         self.submit(job)
         try:
-            await future
+            await job.future
         except asyncio.CancelledError:
             job.cancelled = True
-            if not job.begun and not outcome:
+            if not job.begun and not job.over:
                 self._line.remove(job)
                 self._settle([(job, asyncio.CancelledError())])
-            while not outcome:
-                future = self._loop.create_future()
+            while not job.over:
+                job.future = self._loop.create_future()
                 try:
-                    await future
+                    await job.future
                 except asyncio.CancelledError:
                     continue
             raise
-        if outcome[0] is not None:
-            raise outcome[0]
+        if job.error is not None:
+            raise job.error
 
     async def idle(self) -> None:
         """Waits until every job is done."""

@@ -57,6 +57,7 @@ class Predictor:
         self.sessions = Sessions(settings.sessions, settings.idle_s, self._session_ended, settings.age_s)
         self.draining = False
         self._settings = settings
+        self._deadline_s = settings.deadline_s
         self.models = Repository(catalog, settings, metrics, self._evict)
         self.traces: Traces | None = None
         self._runners: dict[Session, Runner] = {}  # a session stays with the one that it began with, also when its version is replaced
@@ -217,14 +218,14 @@ class Predictor:
                 return False
         if session.queued or not session.turn.take():
             return False
-        session.queued += 1
+        session.queued = 1
         now = session.used = time.monotonic()
-        flight = Flight(self, session, runner, count, landed)
-        flight.stretch = Stretch(session.row, frames, count, now + self._settings.deadline_s, flight, unread=unread)
+        flight = Flight(session.row, frames, count, now, now + self._deadline_s, unread)
+        flight.predictor, flight.session, flight.runner, flight.landed, flight.first, flight.count = self, session, runner, landed, first, count
         if owner is None:
-            flight.stretch.noted = notes.current()
+            flight.noted = notes.current()
         try:
-            runner.launch(flight.stretch)
+            runner.launch(flight)
         except ServiceError:
             give_back(session)
             return False
@@ -495,53 +496,44 @@ class Predictor:
             session.owner.stop(error)
 
 
-class Flight:
+class Flight(Stretch):
     """The frames of one message, or of several that follow each other, on their way through the model; it has the session's turn."""
 
-    __slots__ = ("_landed", "_predictor", "_runner", "_session", "count", "events", "first", "scores", "stretch")
+    __slots__ = ("count", "events", "first", "landed", "predictor", "runner", "session")
 
-    def __init__(self, predictor: Predictor, session: Session, runner: Runner, count: int, landed: Landed) -> None:
-        self.count = count
-        self._predictor = predictor
-        self._session = session
-        self._runner = runner
-        self._landed = landed
-        self.first = session.next_frame
-        self.stretch: Stretch
-        self.scores = b""  # float32 (count, classes), once it has landed
-        self.events: list[TimedEvent] = []
+    predictor: Predictor
+    session: Session
+    runner: Runner
+    landed: Landed
+    first: int
+    count: int
+    events: list[TimedEvent]
 
-    def __call__(self, error: BaseException | None) -> None:
-        """It has landed, with this error or none."""
-        session = self._session
+    def done(self, error: BaseException | None) -> None:
+        session = self.session
+        self.events = []
         try:
             if error is None:
-                self._commit(session)
-                session.used = time.monotonic()
+                if session.progress.plain:
+                    session.answers.add(self.scores)
+                else:
+                    passage = session.progress.prepare(self.first, self.runner.table(self.scores), None)
+                    self.predictor._commit(session, self.runner, passage, self.scores)
+                    self.events = passage.events
             elif not isinstance(error, Suspect):
-                self._runner.statistics.failed(int(1e9 * (time.monotonic() - self.stretch.queued)))
+                self.runner.statistics.failed(int(1e9 * (time.monotonic() - self.queued)))
         except Exception as caught:
             error = caught
         give_back(session)
-        self._landed(error, self)
-
-    def _commit(self, session: Session) -> None:
-        scores = self.stretch.scores
-        if session.progress.plain:
-            session.answers.add(scores)
-        else:
-            passage = session.progress.prepare(self.first, self._runner.table(scores), None)
-            self._predictor._commit(session, self._runner, passage, scores)
-            self.events = passage.events
-        self.scores = scores
+        self.landed(error, self)
 
     def answer(self, options: Options, first: int, count: int) -> Answer:
         """To all its frames, [first, first + count)."""
-        return _answer(self._runner, options, first, count, self._runner.table(self.scores), None, self.events)
+        return _answer(self.runner, options, first, count, self.runner.table(self.scores), None, self.events)
 
     def binary(self, first: int, count: int, every: bool, track: int) -> bytes:
         """The binary message that answers its frames [first, first + count): scores of each, or of the last."""
-        size, end = self._runner.row_bytes, first + count
+        size, end = self.runner.row_bytes, first + count
         begin = first if every else end - 1
         return write_scores(begin, end - begin, self.scores[(begin - self.first) * size : (end - self.first) * size], track)
 

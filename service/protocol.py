@@ -131,8 +131,9 @@ class Connection:
     def receive(self, data: str | bytes) -> Message | Refused | None:
         """Reads one message; None for one that nobody waits for any more. Raises `Malformed` for what cannot be read, which ends the connection."""
         message = read_text(data) if isinstance(data, str) else read_binary(data)
-        if type(message) is Open:
-            return self._begin(message)
+        kind = type(message)
+        if kind is Open:
+            return self._begin(message)  # type: ignore[arg-type]
         credit = self._open.get(message.track)
         if credit is None:
             return self._stray(message.track)
@@ -140,7 +141,7 @@ class Connection:
             credit.frames += message.count
             credit.size += message.size
             self.waiting += message.size
-        elif type(message) is Reset:
+        elif kind is Reset:
             credit.frames += 1
         elif type(message) is Close:
             del self._open[message.track]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service import notes
-from service.batcher import Batcher, Job
+from service.batcher import Awaited, Batcher
 from service.engine import Floats, Lengths
 from service.errors import Diverged
 from service.frames import FrameReader, all_fine
@@ -29,7 +29,7 @@ class Suspect(Exception):
     """Among frames that were sent on unread is a number that is no measurement: they must be read with care, which tells what is wrong. Nothing has changed."""
 
 
-class Stretch(Job):
+class Stretch(Awaited):
     """Consecutive frames of one stream on their way through the model.
 
     It starts from its row and writes it back when all frames are done: a message takes effect as a whole or not at all.
@@ -37,11 +37,14 @@ class Stretch(Job):
 
     __slots__ = ("at", "carry", "frame_bytes", "noted", "payload", "scores", "unread")
 
-    def __init__(
-        self, row: int, payload: bytes | memoryview, count: int, deadline: float, done: Callable[[BaseException | None], None], *, unread: bool = False
-    ) -> None:
+    def __init__(self, row: int, payload: bytes | memoryview, count: int, queued: float, deadline: float, unread: bool = False) -> None:
         """`payload`: float32 values of `count` frames in C order; `unread`: nobody has looked at them yet."""
-        super().__init__(row, count, deadline, done)
+        self.stream = row  # what a job has as well, without a call more for each message
+        self.frames = count
+        self.queued = queued
+        self.deadline = deadline
+        self.begun = self.cancelled = self.over = False
+        self.error = None
         self.payload = payload
         self.frame_bytes = len(payload) // count
         self.unread = unread
@@ -51,8 +54,6 @@ class Stretch(Job):
         self.noted: dict[str, Any] | None = None  # notes of the request that waits for it
 
     def ahead(self, steps: int) -> bytes | memoryview:
-        if not self.at and self.frames <= steps:
-            return self.payload
         return self.payload[self.at : self.at + steps * self.frame_bytes]
 
 
@@ -141,24 +142,17 @@ class Runner:
         `commit` gets the scores once the row has moved on, even if the caller has left by then. `Rows.ZERO` stays as it is.
         Raises `Diverged`, `Overloaded`, `Deadline` or `Draining`, with the row unchanged.
         """
-        payload = np.ascontiguousarray(frames, _F4).data.cast("B")
-        stretch: Stretch
-
-        def make(done: Callable[[BaseException | None], None]) -> Stretch:
-            nonlocal stretch
-            stretch = Stretch(row, payload, len(frames), deadline, done)
-            stretch.noted = notes.current()
-            return stretch
+        stretch = Stretch(row, np.ascontiguousarray(frames, _F4).data.cast("B"), len(frames), time.monotonic(), deadline)
+        stretch.noted = notes.current()
 
         def settled() -> None:
             if commit is not None:
                 commit(stretch.scores)
 
-        began = time.monotonic()
         try:
-            await self._batcher.run(make, settled)
+            await self._batcher.run(stretch, settled)
         except BaseException:
-            self.statistics.failed(int(1e9 * (time.monotonic() - began)))
+            self.statistics.failed(int(1e9 * (time.monotonic() - stretch.queued)))
             raise
         return stretch.scores
 
@@ -190,12 +184,17 @@ class Runner:
         lengths: list[int] = []
         padding = unread = False
         for stretch in stretches:
-            count = min(stretch.frames, steps)
-            parts.append(stretch.ahead(steps))
-            lengths.append(count)
-            if count < steps:
+            count = stretch.frames
+            if count == steps and not stretch.at:
+                parts.append(stretch.payload)
+            elif count >= steps:
+                count = steps
+                parts.append(stretch.ahead(steps))
+            else:
                 padding = True
+                parts.append(stretch.ahead(steps))
                 parts.append(bytes((steps - count) * size))
+            lengths.append(count)
             unread = unread or stretch.unread
             if stretch.noted is not None and not stretch.at:
                 stretch.noted.update(rows=len(stretches), queue_ms=round(1000 * (began - stretch.queued), 3))

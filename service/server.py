@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import signal
 import socket
 import sys
@@ -26,6 +27,8 @@ from service.websocket import Upgrade
 
 SAMPLES = Path(__file__).parent / "samples"
 DEFAULT_MODELS = Path("models")
+
+GARBAGE = 20_000  # objects between two collections; messages leave none in circles, and Python's 700 would be looked through for every tenth batch
 
 log = structlog.get_logger("server")
 
@@ -100,6 +103,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.freeze()  # what is here now stays
+        gc.set_threshold(GARBAGE, 20, 100)
         try:
             await self._grpc.start(self._state)
         except StartupError:

@@ -84,18 +84,14 @@ class Answers:
     """Scores of the latest frames, and their times where frames carry them, kept until they are acknowledged, at most `limit` frames;
     the oldest are forgotten."""
 
-    __slots__ = ("_blocks", "_row_bytes", "end", "limit")
+    __slots__ = ("_blocks", "_row_bytes", "end", "limit", "start")
 
     def __init__(self, classes: int) -> None:
         self.limit = max(1, min(KEPT_FRAMES, KEPT_BYTES // (4 * classes)))
         self._row_bytes = 4 * classes
         self._blocks: deque[tuple[int, bytes, Times | None]] = deque()  # (first frame, scores (count, classes), times (count,)), without holes
+        self.start = 0  # the oldest frame that is kept; `end` when none is
         self.end = 0  # one past the newest frame
-
-    @property
-    def start(self) -> int:
-        """The oldest frame that is kept; `end` when none is."""
-        return self._blocks[0][0] if self._blocks else self.end
 
     @property
     def room(self) -> int:
@@ -105,6 +101,7 @@ class Answers:
     def restore(self, end: int, scores: Floats, times: Times | None) -> None:
         """Keeps the scores (count, classes) of the frames up to `end`, and nothing else."""
         self.end = end
+        self.start = end - len(scores)
         self._blocks = deque([(end - len(scores), np.ascontiguousarray(scores, _F4).tobytes(), times)] if len(scores) else [])
         self.forget(end - self.limit)
 
@@ -112,7 +109,8 @@ class Answers:
         """float32 scores (count, classes) in C order, and times (count,), of the next frames."""
         self._blocks.append((self.end, scores, times))
         self.end += len(scores) // self._row_bytes
-        self.forget(self.end - self.limit)
+        if self.end - self.start > self.limit:
+            self.forget(self.end - self.limit)
 
     def forget(self, below: int) -> None:
         """Drops the answers of frames below this number."""
@@ -122,6 +120,7 @@ class Answers:
             if first + len(scores) // self._row_bytes > below:
                 rest = below - first
                 blocks.appendleft((below, scores[rest * self._row_bytes :], None if times is None else times[rest:].copy()))
+        self.start = blocks[0][0] if blocks else self.end
 
     def get(self, first: int, end: int) -> Floats:
         """Scores (end - first, classes); raises `AnswersForgotten` unless all of them are kept."""

@@ -94,13 +94,13 @@ class Stream:
         self.paused = False
         self.over = asyncio.Event()
         self._socket: Socket
+        self.send: Callable[[str | bytes], None]  # the socket's own: a call less for each answer
         self._predictor = predictor
         self._model = model
         self._tracks: dict[int, Track] = {}  # the latest of each number; one that is at its end is in none of the two
         self._tasks: set[asyncio.Task[None]] = set()
         self._backlog: deque[str | bytes] = deque()  # came before the socket was paused
         self._deaf = False  # nothing that comes matters any more
-        self._gone = False
         self._slow: asyncio.TimerHandle | None = None
         self._last: ServiceError | None = None
         self._loop = asyncio.get_running_loop()
@@ -119,7 +119,7 @@ class Stream:
 
     async def run(self, socket: Socket, query: Mapping[str, str], admit: Callable[[], None]) -> None:
         """Serves until the client leaves, closes what it opened, errs, or is stopped."""
-        self._socket = socket
+        self._socket, self.send = socket, socket.send
         patience = self._loop.call_later(OPEN_WITHIN_S, self._nothing_opened)
         try:
             admit()
@@ -176,7 +176,6 @@ class Stream:
 
     def left(self) -> None:
         """The client is gone."""
-        self._gone = True
         self._finish(None)
 
     # ---- reading
@@ -222,10 +221,6 @@ class Stream:
         self._finish(SlowReader(f"nothing was read for {SLOW_S:.0f} s though answers were waiting: read them, or ask for fewer"))
 
     # ---- what its tracks tell
-
-    def send(self, message: str | bytes) -> None:
-        if not self._gone:
-            self._socket.send(message)
 
     def released(self) -> None:
         """Reads on if that is possible now, first of all what had been read already."""

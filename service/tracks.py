@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
@@ -47,7 +48,7 @@ class Link(Protocol):
     connection: Connection
     paused: bool  # it is not read for now, so that no ack can come
 
-    def send(self, message: str | bytes) -> None: ...
+    send: Callable[[str | bytes], None]
 
     def released(self) -> None:
         """A message was answered: the websocket may have to be read again."""
@@ -78,7 +79,7 @@ class Track:
         self._closing = False
         self._idle = False  # whether the task waits for a message
         self._flying: list[Frames] = []  # messages that are with the model, without the task
-        self._over = False
+        self._over = self._binary = False
         self._last: ServiceError | None = None
         self._stopped: ServiceError | None = None
         self.task: asyncio.Task[None] | None = None
@@ -158,6 +159,7 @@ class Track:
         session = self._session_of(message)
         self._session = session
         self._all_scores = dataclasses.replace(self._options, scores="all")
+        self._binary = self._options.answers == "binary"
         self._predictor.attach(session, self)
         self.credit.window = session.answers.limit
         opened = {**self._predictor.opened(session), "options": self._options.to_dict()}
@@ -266,9 +268,10 @@ class Track:
         return True
 
     def _answer_flight(self, messages: list[Frames], flight: Flight) -> None:
-        if self._options.answers == "binary" and not flight.events:
+        if self._binary and not flight.events:
+            every = self._options.scores == "all"
             for message in messages:
-                self._link.send(flight.binary(message.first, message.count, self._options.scores == "all", self.number))
+                self._link.send(flight.binary(message.first, message.count, every, self.number))
                 self._done(message)
         elif len(messages) == 1:
             self._answer(messages[0], flight.answer(self._options, messages[0].first, messages[0].count))
@@ -316,8 +319,10 @@ class Track:
         self._link.send(write_answer(answer, self.number))
 
     def _done(self, message: Frames | Reset) -> None:
-        self._link.connection.answered(message, self.credit)
-        self._link.released()
+        link = self._link
+        link.connection.answered(message, self.credit)
+        if link.paused:
+            link.released()
 
     async def _advance(self, session: Session, message: Frames) -> None:
         frames = message.first + message.count - session.next_frame

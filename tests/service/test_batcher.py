@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import INLINE_S, MOST_STEPS, WASTE, Batcher, Job, form_batch
+from service.batcher import INLINE_S, MOST_STEPS, WASTE, Awaited, Batcher, form_batch
 from service.errors import Deadline, Draining, Overloaded
 
 
-class Toy(Job):
+class Toy(Awaited):
     """Work that counts its frames down."""
 
     __slots__ = ("ran",)
 
-    def __init__(self, stream: int, frames: int, deadline: float = math.inf, done: Any = None) -> None:
-        super().__init__(stream, frames, deadline, done)
+    def __init__(self, stream: int, frames: int, deadline: float = math.inf) -> None:
+        super().__init__(stream, frames, time.monotonic(), deadline)
         self.ran: list[int] = []
 
 
@@ -62,14 +62,9 @@ def soon() -> float:
 
 
 async def ask(batcher: Batcher, stream: int, frames: int, deadline: float = math.inf, settled: Callable[[], None] = lambda: None) -> Toy:
-    made: list[Toy] = []
-
-    def make(done: Any) -> Toy:
-        made.append(Toy(stream, frames, deadline, done))
-        return made[0]
-
-    await batcher.run(make, settled)
-    return made[0]
+    toy = Toy(stream, frames, deadline)
+    await batcher.run(toy, settled)
+    return toy
 
 
 def with_batcher(scenario: Callable[[Batcher], Any], step: Compute = nothing_else, most_waiting: int = 100) -> Any:
@@ -176,15 +171,10 @@ def test_work_that_takes_too_long_is_told_to_be_shorter() -> None:
         return [None] * len(works)
 
     async def scenario(batcher: Batcher) -> None:
-        work: list[Toy] = []
-
-        def make(done: Any) -> Toy:
-            work.append(Toy(1, 100 * MOST_STEPS, time.monotonic() + 0.05, done))
-            return work[0]
-
+        work = Toy(1, 100 * MOST_STEPS, time.monotonic() + 0.05)
         with pytest.raises(Deadline, match=r"(\d+) steps of the model were left: send fewer frames at once"):
-            await batcher.run(make, lambda: None)
-        assert 0 < len(work[0].ran) < 100
+            await batcher.run(work, lambda: None)
+        assert 0 < len(work.ran) < 100
 
     with_batcher(scenario, slow)
 
