@@ -79,8 +79,8 @@ define shipped
 endef
 
 lock: $(LOCK)/.installed ## resolve pyproject.toml into requirements-*.txt again (ARGS=--upgrade for newer versions)
-	$(COMPILE) --extra cpu --extra grpc --extra otel -o requirements-cpu.txt
-	$(COMPILE) --extra gpu --extra grpc --extra otel -c requirements-cpu.txt -o requirements-gpu.txt
+	$(COMPILE) --extra cpu --extra redis --extra grpc --extra otel -o requirements-cpu.txt
+	$(COMPILE) --extra gpu --extra redis --extra grpc --extra otel -c requirements-cpu.txt -o requirements-gpu.txt
 	$(COMPILE) --extra cpu --extra redis --extra grpc --extra otel --extra test -c requirements-cpu.txt -o requirements-test.txt
 	printf "%s; python_version < '3'\n" $(TORCH_CUDA) >$(LOCK)/without-cuda.txt
 	$(COMPILE) --extra cpu --extra train -c requirements-test.txt -c requirements-torch.txt \

@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = {"cpu": ["cpu", "grpc", "otel"], "gpu": ["gpu", "grpc", "otel"], "test": ["cpu", "redis", "grpc", "otel", "test"], "train": ["cpu", "train"]}
+SERVED = ["redis", "grpc", "otel"]  # what the image has beside its onnxruntime
+EXTRAS = {"cpu": ["cpu", *SERVED], "gpu": ["gpu", *SERVED], "test": ["cpu", *SERVED, "test"], "train": ["cpu", "train"]}
 
 
 def locked(name: str) -> dict[str, set[str]]:
