@@ -82,6 +82,7 @@ class Engine:
         for batch, time in _WARM_UP_SHAPES:
             shape = (batch, time, *manifest.frame_shape)
             engine.run_batch(np.zeros(shape, np.float32), np.full(batch, time, np.int64), np.zeros((batch, manifest.state_width), np.float32))
+        _give_memory_back()
         return engine
 
     def run_batch(self, frames: Floats, lengths: Lengths, state: Floats) -> tuple[Floats, Floats]:
@@ -92,9 +93,7 @@ class Engine:
     def close(self) -> None:
         """Frees the model's memory and gives it back to the system; takes a while where it is large. It must not be run any more."""
         self._run = _closed
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:  # glibc keeps what was freed, for each thread that ever loaded a model
-            trim(0)
+        _give_memory_back()
 
     def _self_test(self) -> None:
         """Runs the manifest's frames from the zero state; a file that gives other scores than it promises is not served."""
@@ -108,6 +107,12 @@ class Engine:
         if not off <= test.tolerance:
             frame = int(np.abs(scores[0] - expected).max(axis=1).argmax())
             raise EngineError(f"self-test: scores differ from the manifest's by {off:.3g} at frame {frame}, allowed {test.tolerance:.3g}")
+
+
+def _give_memory_back() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps what was freed, for each thread that ever loaded a model
+        trim(0)
 
 
 def _closed(*_: object) -> Any:
@@ -187,6 +192,8 @@ def _open(model: bytes, device: Device) -> onnxruntime.InferenceSession:
         session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime has a dozen classes of its own for bad files
         raise EngineError(f"onnxruntime cannot load it: {_first_line(error)}") from None
+    if getattr(session, "_model_bytes", None) is not None:
+        session._model_bytes = None  # the whole file, which it keeps for falling back to another provider; here it does not
     if session.get_providers()[0] != device.provider:
         raise EngineError(f"onnxruntime chose {session.get_providers()[0]} instead of {device.provider}")
     return session

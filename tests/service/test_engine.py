@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from service import engine
 from service.engine import Engine, EngineError
 from service.errors import StartupError
 from tests import toy_models
+from tests.server_process import ROOT
 from tests.toy_models import CHANNELS, GAPPY, GAPPY_CHANNELS, SKELETON, Toy
 
 
@@ -122,3 +125,19 @@ def test_cores_are_cut_by_the_control_group(monkeypatch: pytest.MonkeyPatch, quo
     monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(Path, "read_text", lambda self: quota)
     assert engine.usable_cores() == cores
+
+
+def test_a_model_does_not_keep_its_file_in_memory(tmp_path: Path) -> None:
+    path = toy_models.write_toy(tmp_path, "toy", dataclasses.replace(toy_models.CHANNELS, units=1024, layers=8))
+    size = path.stat().st_size
+    assert size > 25e6, "too small to be told from everything else"
+    script = f"""
+from pathlib import Path
+from service.engine import Engine, resident_bytes
+first = Engine.load(Path({str(path)!r}), "cpu", 1)
+before = resident_bytes()
+second = Engine.load(Path({str(path)!r}), "cpu", 1)
+print(resident_bytes() - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout)
+    assert size < grown < 2.5 * size  # onnxruntime holds the weights as they came and packed
