@@ -21,8 +21,7 @@ from rich.console import Console
 from tests.bench import bars, programs
 from tests.bench.bars import BARS, Bar
 from tests.bench.bench import TOY, Bench
-from tests.bench.figures import Report, conditions
-from tests.bench.wire import LoadError
+from tests.bench.figures import CALM, Report, conditions
 
 CORES = 2
 
@@ -42,10 +41,15 @@ def run(args: argparse.Namespace, console: Console, report: Report) -> None:
 def show(some: Sequence[Bar], report: Report, console: Console) -> None:
     if report.figures:
         console.print(report.table())
-    console.print(bars.bar_table(some, report))
+    if some:
+        console.print(bars.bar_table(some, report))
+    for name, reason in report.failures.items():
+        console.print(f"{name} failed: {reason}", style="bold red", markup=False)
     if "answers compared" in report.facts:
         same = "the same bits" if report.facts["same bits"] else "not the same bits"
         console.print(f"scores of {report.facts['answers compared']:.0f} answers against onnxruntime alone: {same}")
+    if report.figures and report.others() > CALM:
+        console.print(f"other programs had {report.others():.1f} of the cores meanwhile: these figures are rough", style="bold red")
     console.print(", ".join(f"{name} {value}" for name, value in report.conditions.items()))
 
 
@@ -77,14 +81,12 @@ def main() -> int:
         run(args, console, report)
     except KeyboardInterrupt:
         stopped = True
-    except LoadError as error:
-        sys.exit(f"bench: {error}")
     show(some, report, console)
     if args.json:
         args.json.write_text(json.dumps({**report.to_dict(), "bars": bars.bars_dict(some, report), "stopped": stopped}, indent=1) + "\n")
     if stopped:
         console.print("stopped: figures are of what was measured until then")
-    return 130 if stopped else 0
+    return 130 if stopped else 1 if report.failures else 0
 
 
 if __name__ == "__main__":

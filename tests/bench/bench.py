@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -20,13 +22,15 @@ from tests.bench import bars, programs
 from tests.bench.alone import Alone
 from tests.bench.figures import Figure, Report, Variant
 from tests.bench.load import Group, Result, messages, run
+from tests.bench.machine import Usage
 from tests.bench.rivals.rival import Rival
 from tests.bench.servers import Servers
-from tests.bench.wire import Http
+from tests.bench.wire import Http, LoadError
 
 TOY = toy_models.WIDE
 CHECKED = 8  # messages of each stream whose scores are compared with onnxruntime's
 LOADS = (("service", 64, 1), ("service", 64, 8), ("infer", 16, 1), ("steps", 16, 1), ("clips", 4, bars.CLIP))  # whose scores are compared
+FAILED = "scores of "
 SLOW_FPS = 30.0
 FAST_DEPTH = 16  # messages of the fast stream that are under way
 
@@ -48,7 +52,18 @@ class Bench:
     def rounds(self, variants: Sequence[Variant], report: Report, console: Console) -> None:
         """Every variant once a round, each second round backwards, so that a machine that gets faster or slower favours none; with progress."""
         for number, variant in self._interleaved(sorted(variants, key=lambda one: (one.streams, one.per_message)), console):
-            report.add(variant, number, self.measure(variant, report))
+            if variant.who in self.servers.known:
+                self.servers.dialect(variant.who)  # started now, it does not disturb
+            before, began = self._usage(), perf_counter()
+            try:
+                figure = self.measure(variant, report)
+            except LoadError as error:  # the others may do better
+                report.failures[variant.name] = str(error)
+                continue
+            report.add(variant, number, replace(figure, others=self._usage().others_since(before, perf_counter() - began)))
+
+    def _usage(self) -> Usage:
+        return Usage.now(os.sched_getaffinity(0), self.servers.process_ids)
 
     def _interleaved(self, variants: Sequence[Variant], console: Console) -> Iterator[tuple[int, Variant]]:
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -101,9 +116,8 @@ class Bench:
 
     def _computed(self) -> tuple[float, float]:
         """Frames that the service's model has taken so far, and frames it computed with padding, as /metrics has them."""
-        wire = Http(self.servers.program("service").url, "metrics")
-        text = wire.ask("GET", "/metrics").decode()
-        wire.socket.close()
+        with Http(self.servers.program("service").url, "metrics") as wire:
+            text = wire.ask("GET", "/metrics").decode()
         labels = 'model="bench"'
         found = {line.partition("{")[0]: float(line.split()[-1]) for line in text.splitlines() if labels in line}
         return found.get("indrnn_frames_total", 0.0), found.get("indrnn_padded_frames_total", 0.0)
@@ -115,7 +129,7 @@ class Bench:
         if {bars.START, bars.FIRST_START, bars.IDLE_MB} & wanted:
             self._starts(report)
         if bars.DIFFERENCE in wanted:
-            report.facts |= self.equality()
+            self.compare(LOADS, report)
 
     def crowd(self, wanted: Set[str], report: Report) -> None:
         if bars.SESSION_KB in wanted:
@@ -129,26 +143,38 @@ class Bench:
         for _ in range(1 + self.args.starts):
             began = perf_counter()
             with programs.service(self._models) as program:
-                wire = Http(program.url, "start")
-                wire.ask("GET", "/health/ready")
+                with Http(program.url, "start") as wire:
+                    wire.ask("GET", "/health/ready")
                 took.append(perf_counter() - began)
-                wire.socket.close()
                 memory.append(program.memory() / 2**20)
         report.facts |= {bars.FIRST_START: took[0], bars.START: median(took[1:]), bars.IDLE_MB: median(memory)}
 
-    def equality(self, loads: Sequence[tuple[str, int, int]] = LOADS) -> dict[str, float]:
+    def compare(self, loads: Sequence[tuple[str, int, int]], report: Report) -> None:
         """How far scores of streams served together are from onnxruntime's for each alone, frame by frame, for (who, streams, frames in a message)."""
-        largest, same, answers = 0.0, True, 0
+        found = report.facts
+        found |= {bars.DIFFERENCE: 0.0, "same bits": 1.0, "answers compared": 0}
         for who, streams, per_message in loads:
-            dialect = self.servers.dialect(who)
-            found = run([Group(dialect, streams, per_message)], self.frames, 0.1, warmup=0.05, record=CHECKED)[0]
-            chunks = messages(self.frames, per_message)
-            for index, recorded in enumerate(found.recorded):
-                sent = [chunks[(index + place) % len(chunks)] for place in range(len(recorded))]
-                for number, (want, answer) in enumerate(zip(self._expected(dialect.opening, dialect.stateless, sent), recorded, strict=True), 1):
-                    got = dialect.scores(answer, dialect.opening + number * per_message)
-                    largest, same, answers = max(largest, float(np.abs(want - got).max())), same and np.array_equal(want, got), answers + 1
-        return {bars.DIFFERENCE: largest, "same bits": float(same), "answers compared": answers}
+            try:
+                pairs = self._pairs(Group(self.servers.dialect(who), streams, per_message))
+            except LoadError as error:
+                report.failures[f"{FAILED}{who}"] = str(error)
+                continue
+            for want, got in pairs:
+                found[bars.DIFFERENCE] = max(found[bars.DIFFERENCE], float(np.abs(want - got).max()))
+                found["same bits"] *= np.array_equal(want, got)
+                found["answers compared"] += 1
+        if any(name.startswith(FAILED) for name in report.failures):
+            del found[bars.DIFFERENCE]  # it is not known for all
+
+    def _pairs(self, group: Group) -> list[tuple[toy_models.Floats, toy_models.Floats]]:
+        """Scores as they should be and as they came, of the first messages of each stream."""
+        dialect, pairs = group.dialect, []
+        chunks = messages(self.frames, group.per_message)
+        for index, recorded in enumerate(run([group], self.frames, 0.1, warmup=0.05, record=CHECKED)[0].recorded):
+            sent = [chunks[(index + place) % len(chunks)] for place in range(len(recorded))]
+            got = [dialect.scores(answer, dialect.opening + number * group.per_message) for number, answer in enumerate(recorded, 1)]
+            pairs += zip(self._expected(dialect.opening, dialect.stateless, sent), got, strict=True)
+        return pairs
 
     def _expected(self, opening: int, stateless: bool, sent: Sequence[toy_models.Floats]) -> list[toy_models.Floats]:
         if stateless:

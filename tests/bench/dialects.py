@@ -10,6 +10,7 @@ import itertools
 import json
 import struct
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,8 +64,11 @@ class Dialect:
     opening: ClassVar[int] = 0  # frames that opening a stream takes
     stateless: ClassVar[bool] = False  # whether every message begins from the zero state
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
-        """`count` streams, which will send these bodies; `first` (1, ...) is the frame that is sent where opening takes one. Raises `LoadError`."""
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
+        """`count` streams, which will send these bodies, on connections that `stack` closes.
+
+        `first` (1, ...) is the frame that is sent where opening takes one. Raises `LoadError`.
+        """
         raise NotImplementedError
 
     def bodies(self, messages: Sequence[Floats]) -> list[Body]:
@@ -72,8 +76,7 @@ class Dialect:
         raise NotImplementedError
 
     def close(self, streams: Sequence[Stream], first: Floats) -> None:
-        for stream in streams:
-            stream.wire.socket.close()
+        """Says that the streams are at their end, where that is said."""
 
     def ack_every(self, per_message: int) -> int:
         """Messages between two acknowledgements; 0: never."""
@@ -106,11 +109,11 @@ class Streaming(Dialect):
     kind = WEBSOCKET
     number = LITTLE_ENDIAN
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
         address = f"{self.url.replace('http', 'ws', 1)}/v1/models/{self.model}/stream"
         wires: list[Websocket] = []
         for start in range(0, count, 64):  # side by side, but no more than a server's backlog holds
-            some = [Websocket(address, f"stream {index}") for index in range(start, min(count, start + 64))]
+            some = [stack.enter_context(Websocket(address, f"stream {index}")) for index in range(start, min(count, start + 64))]
             for wire in some:
                 wire.shake_hands()
             for wire in some:
@@ -128,7 +131,6 @@ class Streaming(Dialect):
         for stream in streams:
             assert isinstance(stream.wire, Websocket)
             stream.wire.hear("closed")
-            stream.wire.socket.close()
 
     def bodies(self, messages: Sequence[Floats]) -> list[Body]:
         made = [client_message(BINARY, HEADER.pack(1, FRAMES, 0, len(message), 0) + message.tobytes()) for message in messages]
@@ -151,8 +153,8 @@ class RestSteps(Dialect):
 
     number = DECIMAL
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
-        wires = [Http(self.url, f"session {index}") for index in range(count)]
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
+        wires = [stack.enter_context(Http(self.url, f"session {index}")) for index in range(count)]
         names = ["bare" if self.bare else json.loads(wire.ask("POST", f"/v1/models/{self.model}/sessions"))["session"] for wire in wires]
         return [Stream(wire, wire.head("POST", f"/v1/sessions/{name}/frames", Content_Type=JSON), name) for wire, name in zip(wires, names, strict=True)]
 
@@ -164,7 +166,6 @@ class RestSteps(Dialect):
             if not self.bare:
                 assert isinstance(stream.wire, Http)
                 stream.wire.ask("DELETE", f"/v1/sessions/{stream.name}")
-            stream.wire.socket.close()
 
     def _scores(self, answer: bytes, frames: int) -> Floats:
         value = read_object(answer)
@@ -178,10 +179,10 @@ class SequenceSteps(Dialect):
 
     opening = 1
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
         streams = []
         for index in range(count):
-            wire, name = Http(self.url, f"sequence {index}"), next(_sequences)
+            wire, name = stack.enter_context(Http(self.url, f"sequence {index}")), next(_sequences)
             if not self.bare:
                 self._ask(wire, name, first, start=True)
             asked = self._asked(name, first.nbytes, first.shape)
@@ -200,15 +201,13 @@ class SequenceSteps(Dialect):
             if not self.bare:
                 assert isinstance(stream.wire, Http)
                 self._ask(stream.wire, int(stream.name), first, end=True)
-            stream.wire.socket.close()
 
     def sample(self, first: Floats) -> bytes:
         """An answer as every step gets it."""
-        wire, name = Http(self.url, "sample"), next(_sequences)
-        self._ask(wire, name, first, start=True)
-        answer = self._ask(wire, name, first, end=True)
-        wire.socket.close()
-        return answer
+        with Http(self.url, "sample") as wire:
+            name = next(_sequences)
+            self._ask(wire, name, first, start=True)
+            return self._ask(wire, name, first, end=True)
 
     @property
     def _path(self) -> str:
@@ -237,8 +236,8 @@ class Clips(Dialect):
 
     stateless = True
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
-        wires = [Http(self.url, f"client {index}") for index in range(count)]
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
+        wires = [stack.enter_context(Http(self.url, f"client {index}")) for index in range(count)]
         return [Stream(wire, wire.head("POST", f"/v1/models/{self.model}/predict?answers=binary&scores=last", Content_Type=OCTETS)) for wire in wires]
 
     def bodies(self, messages: Sequence[Floats]) -> list[Body]:

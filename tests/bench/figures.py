@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+CALM = 0.1  # cores that others may have had
 PACKAGES = ("onnxruntime", "uvicorn", "uvloop", "websockets", "picows", "fastapi", "numpy")
 
 
@@ -39,7 +40,8 @@ class Figure:
     """What one variant did in one round.
 
     `client_us` is the load generator's processor time for one message; `share` the frames that the worst stream had answered of those it was
-    due; `padding` frames computed over frames taken. None where there is none. `note` says what a figure alone does not.
+    due; `padding` frames computed over frames taken. None where there is none. `others` is how many cores programs that do not belong to
+    the benchmark had meanwhile; `note` says what a figure alone does not.
     """
 
     frames_per_s: float
@@ -48,6 +50,7 @@ class Figure:
     client_us: float | None = None
     share: float | None = None
     padding: float | None = None
+    others: float = 0.0
     note: str = ""
 
 
@@ -58,6 +61,7 @@ class Report:
     conditions: dict[str, Any]
     figures: dict[Variant, dict[int, Figure]] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # what could not be measured, and why
 
     def add(self, variant: Variant, number: int, figure: Figure) -> None:
         self.figures.setdefault(variant, {})[number] = figure
@@ -66,15 +70,23 @@ class Report:
         return float(median(getattr(figure, what) for figure in self.figures[variant].values()))
 
     def within(self, variants: Sequence[Variant], value: Callable[..., float | None]) -> float | None:
-        """Median over rounds of `value` of these variants' figures, which were measured shortly after each other. None where no round has them all."""
+        """Median over calm rounds of `value` of these variants' figures, which were measured shortly after each other. None where no round has them all.
+
+        A round is calm if others had next to nothing of the cores while these were measured; of many that are not, the calmer half counts.
+        """
         rounds = set.intersection(*(set(self.figures.get(variant, {})) for variant in variants))
-        values = [value(*(self.figures[variant][number] for variant in variants)) for number in sorted(rounds)]
-        known = [one for one in values if one is not None]
+        found = sorted(([self.figures[variant][number] for variant in variants] for number in rounds), key=_others)
+        calm = [figures for index, figures in enumerate(found) if _others(figures) <= CALM or 2 * index < len(found)]
+        known = [one for one in (value(*figures) for figures in calm) if one is not None]
         return float(median(known)) if known else None
 
     def ratio(self, above: Variant, below: Variant) -> float | None:
         """Of frames per second."""
         return self.within([above, below], lambda one, other: one.frames_per_s / other.frames_per_s)
+
+    def others(self) -> float:
+        """Median over all that was measured of the cores that others had."""
+        return float(median(figure.others for found in self.figures.values() for figure in found.values()))
 
     def last(self, variant: Variant) -> Figure | None:
         """The latest figure."""
@@ -84,18 +96,22 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         rounds = {variant.name: [{"round": number, **vars(figure)} for number, figure in found.items()] for variant, found in self.figures.items()}
         medians = {variant.name: {what: self.median(variant, what) for what in ("frames_per_s", "p50_ms", "p99_ms")} for variant in self.figures}
-        return {"conditions": self.conditions, "medians": medians, "facts": self.facts, "rounds": rounds}
+        return {"conditions": self.conditions, "medians": medians, "facts": self.facts, "failures": self.failures, "rounds": rounds}
 
     def table(self) -> Table:
         table = Table("variant", title="medians over rounds")
-        for column in ("frames/s", "p50 ms", "p99 ms", "client us/message"):
+        for column in ("frames/s", "p50 ms", "p99 ms", "client us/message", "others' cores"):
             table.add_column(column, justify="right")
         for variant, found in self.figures.items():
             figure = next(iter(found.values()))
             cost = "" if figure.client_us is None else f"{self.median(variant, 'client_us'):.1f}"
             row = [spaced(self.median(variant, "frames_per_s")), *(f"{self.median(variant, what):.3f}" for what in ("p50_ms", "p99_ms"))]
-            table.add_row(variant.name + (f" ({figure.note})" if figure.note else ""), *row, cost)
+            table.add_row(variant.name + (f" ({figure.note})" if figure.note else ""), *row, cost, f"{self.median(variant, 'others'):.2f}")
         return table
+
+
+def _others(figures: Sequence[Figure]) -> float:
+    return max(figure.others for figure in figures)
 
 
 def spaced(value: float) -> str:

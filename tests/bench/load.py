@@ -106,15 +106,12 @@ def _allow_files(count: int) -> None:
 @contextlib.contextmanager
 def _open(group: Group, first: Floats, bodies: Sequence[Body]) -> Iterator[list[Stream]]:
     """The group's streams, closed as they should be after a good run and somehow after another."""
-    streams = group.dialect.open(group.streams, first, bodies)
-    for stream in streams:
-        stream.wire.socket.setblocking(False)
-    try:
+    with contextlib.ExitStack() as stack:
+        streams = group.dialect.open(group.streams, first, bodies, stack)
+        for stream in streams:
+            stream.wire.socket.setblocking(False)
         yield streams
         group.dialect.close(streams, first)
-    finally:
-        for stream in streams:
-            stream.wire.socket.close()
 
 
 def _plan(groups: Sequence[Group], opened: Sequence[Sequence[Stream]], made: Sequence[Sequence[Body]], poll: select.epoll) -> Plan:

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from model.contract import Manifest
 from tests.bench import programs
-from tests.bench.dialects import Clips, Dialect, Floats, RestSteps, SequenceSteps, Streaming
+from tests.bench.dialects import JSON, OCTETS, Clips, Dialect, Floats, RestSteps, SequenceSteps, Streaming
 from tests.bench.load import Group, run
 from tests.bench.programs import Program
 from tests.bench.rivals.dialects import HandWritten, HandWrittenClips, HandWrittenWebsocket
@@ -64,6 +64,16 @@ class Servers:
     def classes(self) -> int:
         return len(self._manifest.classes)
 
+    @property
+    def known(self) -> set[str]:
+        """Who can be asked."""
+        return {*DIALECTS, *self._rivals}
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the programs that run, without those that they started."""
+        return [program.process_id for program in self._running.values()]
+
     def program(self, name: str) -> Program:
         if name not in self._running:
             self._running[name] = self._start(name)
@@ -86,24 +96,22 @@ class Servers:
 
     def _sample(self) -> Path:
         """A file with an answer to a session's step, which the JSON echo gives every time."""
-        wire = Http(self.program("service").url, "sample")
-        session = json.loads(wire.ask("POST", "/v1/models/bench/sessions"))["session"]
-        body = json.dumps({"first": 0, "frames": self.frames[:1].tolist()}).encode()
-        file = self.folder / "answer.json"
-        file.write_bytes(wire.ask("POST", f"/v1/sessions/{session}/frames", body, Content_Type="application/json"))
-        wire.ask("DELETE", f"/v1/sessions/{session}")
-        wire.socket.close()
+        body, file = json.dumps({"first": 0, "frames": self.frames[:1].tolist()}).encode(), self.folder / "answer.json"
+        with Http(self.program("service").url, "sample") as wire:
+            session = json.loads(wire.ask("POST", "/v1/models/bench/sessions"))["session"]
+            file.write_bytes(wire.ask("POST", f"/v1/sessions/{session}/frames", body, Content_Type=JSON))
+            wire.ask("DELETE", f"/v1/sessions/{session}")
         return file
 
     def _crowd(self, program: Program) -> Program:
         """Opens the idle sessions, each of which has taken a frame, and notes what memory they take. Loaded before, so that nothing else grows then."""
         run([Group(Streaming(program.url, self.classes), ACTIVE)], self.frames, 0.3)
         before = program.memory()
-        wire, frame = Http(program.url, "idle sessions"), self.frames[:1].tobytes()
-        for start in range(0, self._idle, TOGETHER):
-            opened = wire.ask_many([("POST", "/v1/models/bench/sessions", b"")] * min(TOGETHER, self._idle - start))
-            paths = [f"/v1/sessions/{json.loads(answer)['session']}/frames?first=0&ack=1&answers=binary" for answer in opened]
-            wire.ask_many([("POST", path, frame) for path in paths], Content_Type="application/octet-stream")
-        wire.socket.close()
+        frame = self.frames[:1].tobytes()
+        with Http(program.url, "idle sessions") as wire:
+            for start in range(0, self._idle, TOGETHER):
+                opened = wire.ask_many([("POST", "/v1/models/bench/sessions", b"")] * min(TOGETHER, self._idle - start))
+                paths = [f"/v1/sessions/{json.loads(answer)['session']}/frames?first=0&ack=1&answers=binary" for answer in opened]
+                wire.ask_many([("POST", path, frame) for path in paths], Content_Type=OCTETS)
         self.session_bytes = (program.memory() - before) / self._idle
         return program

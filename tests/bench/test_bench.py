@@ -9,14 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.bench import bars
 from tests.bench.bars import BARS, Bar, chosen, fact, ratio
+from tests.bench.bench import Bench
+from tests.bench.dialects import RestSteps
 from tests.bench.figures import Figure, Report, Variant
+from tests.bench.machine import Usage
+from tests.bench.servers import DIALECTS
 
 ROOT = Path(__file__).resolve().parents[2]
 ABOVE, BELOW = Variant("service", 1), Variant("echo", 1)
@@ -77,6 +84,22 @@ def test_interrupted_it_shows_what_it_has(tmp_path: Path) -> None:
     assert found["medians"]
 
 
+def test_what_fails_is_told_and_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that never starts its sessions: the JSON echo stands in the service's place, and refuses to open one."""
+    args = Namespace(rounds=2, seconds=0.05, warmup=0.01, open_sessions=0)
+    report = Report({})
+    monkeypatch.setitem(DIALECTS, "steps", ("json echo", RestSteps, False))
+    with ExitStack() as stack:
+        bench = Bench(tmp_path, args, stack)
+        bench.compare([("steps", 2, 1), ("service", 2, 1)], report)
+        bench.rounds([Variant("steps", 2), Variant("alone", 2)], report, Console(quiet=True))
+    assert set(report.failures) == {"scores of steps", "steps 2"}
+    assert "404" in report.failures["steps 2"]
+    assert list(report.figures) == [Variant("alone", 2)]
+    assert bars.DIFFERENCE not in report.facts
+    assert report.facts["answers compared"] > 8
+
+
 def report_of(*rounds: tuple[float, float]) -> Report:
     report = Report({})
     for number, (above, below) in enumerate(rounds):
@@ -91,6 +114,33 @@ def test_ratios_are_medians_of_the_ratios_within_rounds() -> None:
     report.add(ABOVE, 3, Figure(99.0, 1.0, 1.0))  # a round that was interrupted
     assert report.ratio(ABOVE, BELOW) == pytest.approx(0.1)
     assert report.ratio(ABOVE, Variant("alone", 1)) is None
+
+
+def test_rounds_in_which_others_were_at_work_do_not_count() -> None:
+    report = report_of((10.0, 100.0), (30.0, 100.0), (50.0, 100.0))
+    report.add(ABOVE, 1, Figure(30.0, 1.0, 1.0, others=0.9))
+    report.add(BELOW, 2, Figure(100.0, 1.0, 1.0, others=0.5))
+    assert report.ratio(ABOVE, BELOW) == pytest.approx(0.3)  # of 10 and 50 of 100: the calmer half, and that is two of three
+    report.add(BELOW, 0, Figure(100.0, 1.0, 1.0, others=0.05))
+    report.add(ABOVE, 3, Figure(20.0, 1.0, 1.0))
+    report.add(BELOW, 3, Figure(100.0, 1.0, 1.0))
+    assert report.ratio(ABOVE, BELOW) == pytest.approx(0.15)  # of 10 and 20, which were calm
+
+
+def test_what_others_take_of_the_cores_is_told_from_what_our_servers_take() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    spin = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(spin, start_new_session=True) as process:
+        try:
+            time.sleep(0.1)
+            before, began = [Usage.now(cores, known) for known in ([], [process.pid])], time.perf_counter()
+            time.sleep(1.0)
+            after, seconds = [Usage.now(cores, known) for known in ([], [process.pid])], time.perf_counter() - began
+        finally:
+            process.kill()
+    theirs, ours = (now.others_since(then, seconds) for now, then in zip(after, before, strict=True))
+    assert 0.2 < theirs - ours < 1.1  # one busy process, on a machine where others may be busy too
+    assert theirs < len(cores) + 0.1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -211,8 +212,8 @@ class Posts(Dialect):
 
     number = RestSteps.number
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
-        wires = [Http(self.url, f"client {index}") for index in range(count)]
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
+        wires = [stack.enter_context(Http(self.url, f"client {index}")) for index in range(count)]
         return [Stream(wire, wire.head("POST", "/")) for wire in wires]
 
     def bodies(self, messages: list[Floats]) -> list[Body]:  # type: ignore[override]

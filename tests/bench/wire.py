@@ -9,7 +9,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from http.client import HTTPConnection, HTTPException
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from tests.bench.native import CLOSE, TEXT
@@ -41,7 +41,19 @@ def client_message(opcode: int, payload: bytes) -> bytes:
     return bytes([0x80 | opcode]) + length + bytes(4) + payload
 
 
-class Websocket:
+class Wire:
+    """A connection that is closed at the end of a block."""
+
+    socket: socket.socket
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.socket.close()
+
+
+class Websocket(Wire):
     """A websocket as bytes. `shake_hands` says what `accepted` waits for, so that many can be opened side by side."""
 
     def __init__(self, url: str, subject: str) -> None:
@@ -104,7 +116,7 @@ class Websocket:
         self._rest += data
 
 
-class Http:
+class Http(Wire):
     """A connection that is kept alive; `socket` is handed to the compiled loop between single requests."""
 
     def __init__(self, url: str, subject: str) -> None:

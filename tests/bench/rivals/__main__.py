@@ -21,9 +21,8 @@ from rich.table import Table
 from tests.bench import programs
 from tests.bench.bars import CLIP, HAND_WRITTEN
 from tests.bench.bench import TOY, Bench
-from tests.bench.figures import Report, Variant, conditions, spaced
+from tests.bench.figures import CALM, Report, Variant, conditions, spaced
 from tests.bench.rivals.rival import RIVALS, Rival
-from tests.bench.wire import LoadError
 
 CORES = 2
 STREAMS = (1, 16, 64, 256)
@@ -93,21 +92,23 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             bench = Bench(Path(stack.enter_context(tempfile.TemporaryDirectory())), args, stack, rivals)
-            report.facts = bench.equality([(who, 16, 1) for who in dict.fromkeys(variant.who for variant in wanted if variant.per_message == 1)])
+            bench.compare([(who, 16, 1) for who in dict.fromkeys(variant.who for variant in wanted if variant.per_message == 1)], report)
             bench.rounds(wanted, report, console)
     except KeyboardInterrupt:
         stopped = True
-    except LoadError as error:
-        sys.exit(f"rivals: {error}")
     if report.figures:
         console.print(table(report))
+    for name, reason in report.failures.items():
+        console.print(f"{name} failed: {reason}", style="bold red", markup=False)
     for name, value in report.facts.items():
         console.print(f"{name}: {value:.3g}")
     console.print(f"{NOT_COMPARED}.\nModel: {TOY.layers} x {TOY.units}, one onnxruntime thread everywhere.")
+    if report.figures and report.others() > CALM:
+        console.print(f"other programs had {report.others():.1f} of the cores meanwhile: these figures are rough", style="bold red")
     console.print(", ".join(f"{name} {value}" for name, value in report.conditions.items()))
     if args.json:
         args.json.write_text(json.dumps({**report.to_dict(), "stopped": stopped}, indent=1) + "\n")
-    return 130 if stopped else 0
+    return 130 if stopped else 1 if report.failures else 0
 
 
 if __name__ == "__main__":

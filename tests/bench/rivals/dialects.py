@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ _names = itertools.count(1)  # no two streams of a run share one
 class HandWritten(Dialect):
     """`handwritten.py`: frames and scores as JSON."""
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
-        wires = [Http(self.url, f"stream {index}") for index in range(count)]
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
+        wires = [stack.enter_context(Http(self.url, f"stream {index}")) for index in range(count)]
         names = [json.loads(wire.ask("POST", "/streams"))["stream"] for wire in wires]
         return [Stream(wire, wire.head("POST", f"/streams/{name}/frames", Content_Type=JSON), name) for wire, name in zip(wires, names, strict=True)]
 
@@ -32,7 +33,6 @@ class HandWritten(Dialect):
         for stream in streams:
             assert isinstance(stream.wire, Http)
             stream.wire.ask("DELETE", f"/streams/{stream.name}")
-            stream.wire.socket.close()
 
     def _scores(self, answer: bytes, frames: int) -> Floats:
         return np.array(read_object(answer).get("scores", ()), np.float32)
@@ -43,12 +43,12 @@ class HandWrittenClips(HandWritten):
 
     stateless = True
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
-        wires = [Http(self.url, f"client {index}") for index in range(count)]
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
+        wires = [stack.enter_context(Http(self.url, f"client {index}")) for index in range(count)]
         return [Stream(wire, wire.head("POST", "/predict", Content_Type=JSON)) for wire in wires]
 
     def close(self, streams: Sequence[Stream], first: Floats) -> None:
-        Dialect.close(self, streams, first)
+        pass
 
 
 class HandWrittenWebsocket(Dialect):
@@ -56,8 +56,8 @@ class HandWrittenWebsocket(Dialect):
 
     kind = WEBSOCKET
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
-        wires = [Websocket(f"{self.url.replace('http', 'ws', 1)}/stream", f"stream {index}") for index in range(count)]
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
+        wires = [stack.enter_context(Websocket(f"{self.url.replace('http', 'ws', 1)}/stream", f"stream {index}")) for index in range(count)]
         for wire in wires:
             wire.shake_hands()
         for wire in wires:
@@ -85,10 +85,10 @@ class Named(Dialect):
         """The frames and the rest of the body."""
         return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY) + b"}"
 
-    def open(self, count: int, first: Floats, bodies: Sequence[Body]) -> list[Stream]:
+    def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
         streams = []
         for index in range(count):
-            wire, begin = Http(self.url, f"stream {index}"), self.begin(next(_names), first.shape).encode()
+            wire, begin = stack.enter_context(Http(self.url, f"stream {index}")), self.begin(next(_names), first.shape).encode()
             head = wire.head("POST", self.path, Content_Type=JSON, Content_Length=str(len(begin) + len(bodies[0].data)))
             streams.append(Stream(wire, head + ENDS_HEAD + begin))
         return streams
