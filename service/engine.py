@@ -58,6 +58,13 @@ class Engine:
     @classmethod
     def load(cls, path: Path, choice: DeviceChoice, threads: int | None = None) -> Engine:
         """Loads, checks, proves and warms up; raises `EngineError` for a bad file, `StartupError` for a device that cannot run."""
+        try:
+            return cls._load(path, choice, threads)
+        finally:
+            _give_memory_back()
+
+    @classmethod
+    def _load(cls, path: Path, choice: DeviceChoice, threads: int | None) -> Engine:
         _refuse_both_builds()
         model = _read(path)
         threads = threads or default_threads()
@@ -82,7 +89,6 @@ class Engine:
         for batch, time in _WARM_UP_SHAPES:
             shape = (batch, time, *manifest.frame_shape)
             engine.run_batch(np.zeros(shape, np.float32), np.full(batch, time, np.int64), np.zeros((batch, manifest.state_width), np.float32))
-        _give_memory_back()
         return engine
 
     def run_batch(self, frames: Floats, lengths: Lengths, state: Floats) -> tuple[Floats, Floats]:
