@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -25,9 +25,11 @@ from service.errors import (
     ModelNotFound,
     NoEvents,
     ServiceError,
+    SessionNotFound,
     TakenOver,
 )
 from service.frames import FrameReader, Payload
+from service.keeper import Keeper
 from service.metrics import Metrics
 from service.options import Options
 from service.progress import Passage, Progress
@@ -38,10 +40,13 @@ from service.resampler import Floats, Times, read_times
 from service.runner import Runner, Stretch, Suspect
 from service.sessions import Cause, Owner, Rows, Session, Sessions
 from service.settings import Settings
+from service.store import Store
 from service.tracing import Traces
 from service.turn import Turn, give_back
 
 log = structlog.get_logger("predictor")
+
+Result = TypeVar("Result")
 
 _LARGE = 2**20  # bytes; payloads above are read in a thread, so that the event loop goes on
 _MANY = 2**16  # bytes; resampling more, which may give many times as many, is left to a thread for the same reason
@@ -62,8 +67,17 @@ class Predictor:
         self.traces: Traces | None = None
         self._runners: dict[Session, Runner] = {}  # a session stays with the one that it began with, also when its version is replaced
         self._sweeper: asyncio.Task[None] | None = None
+        self.keeper: Keeper | None = None  # None: sessions are in memory alone
+
+    def keep_in(self, store: Store) -> None:
+        """Sessions are kept in this store from the start on."""
+        settings = self._settings
+        frames, wait_s, refuses = settings.checkpoint_frames, settings.checkpoint_ms / 1000, settings.store_down == "refuse"
+        self.keeper = Keeper(self, store, self.metrics, frames=frames, wait_s=wait_s, refuses=refuses)
 
     async def __aenter__(self) -> Predictor:
+        if self.keeper is not None:
+            await self.keeper.start()
         self.models.start()
         self._sweeper = asyncio.create_task(self._sweep())
         return self
@@ -77,6 +91,95 @@ class Predictor:
         await self.models.stop()
         for session in self.sessions:
             self.sessions.end(session, "drained")
+        if self.keeper is not None:
+            await self.keeper.stop()
+
+    # Sessions that are kept in a store
+
+    async def find(self, session_id: str) -> Session:
+        """The session, from the store if need be. Raises `SessionNotFound`, `SessionExpired`, `StoreUnavailable` or `FingerprintMismatch`."""
+        if self.keeper is None or self.sessions.get(session_id) is not None:
+            return self.sessions.find(session_id)
+        try:
+            return await self.keeper.find(session_id)
+        except SessionNotFound:
+            return self.sessions.find(session_id)  # which knows if it has expired
+
+    async def resume(self, session_id: str) -> Session:
+        """As `find`, for a connection that is going to stream it."""
+        if self.keeper is None:
+            return self.sessions.find(session_id)
+        try:
+            return await self.keeper.resume(session_id)
+        except SessionNotFound:
+            return self.sessions.find(session_id)
+
+    async def through(self, session_id: str, step: Callable[[Session], Awaitable[Result]]) -> Result:
+        """A step of a session that no connection streams; where there is a store, it has the session before the answer is given."""
+        if self.keeper is None:
+            return await step(self.sessions.find(session_id))
+        self.keeper.check_open()
+        try:
+            return await self.keeper.through(session_id, step)
+        except SessionNotFound:
+            self.sessions.find(session_id)
+            raise
+
+    def check_store(self) -> None:
+        """Raises `StoreUnavailable` where work is refused while the store is down."""
+        if self.keeper is not None:
+            self.keeper.check_open()
+
+    def get(self, session_id: str) -> Session | None:
+        return self.sessions.get(session_id)
+
+    def live(self) -> list[Session]:
+        return list(self.sessions)
+
+    def record(self, session: Session) -> Record:
+        """As it is between two messages; one that is under way counts as not begun."""
+        runner = self._runners[session]
+        return session.record(runner.manifest, runner.rows.gather([session.row])[0])
+
+    def adopt(self, record: Record, epoch: int, *, renew: bool) -> Session:
+        """The session of a record goes on here, on another version of its model if its own is gone and it may be renewed."""
+        self._check_open()
+        try:
+            runner = self._runner_of(record.model, None, record)
+        except FingerprintMismatch:
+            if not renew:
+                raise
+            return self._renew(record, epoch)
+        record.check(runner.manifest)
+        options = self._checked(record.options, runner)
+        self._check_room()
+        session = _begun(runner, options, record.session)
+        session.restore(record)
+        session.epoch = epoch
+        runner.rows.scatter([session.row], record.row[None])
+        self._add(session, runner)
+        return session
+
+    def _renew(self, record: Record, epoch: int) -> Session:
+        """The record's session on the version that new sessions get, with nothing of its past: its client sends the latest frames again."""
+        runner = self.models.draw(record.model, None)
+        options = self._checked(record.options, runner)
+        self._check_room()
+        session = _begun(runner, options, record.session)
+        timed = session.progress.take_clock(record.progress)
+        begin = record.next_frame if timed else max(0, record.next_frame - _horizon(runner))
+        session.answers.begin(begin)
+        session.epoch, session.created, session.renewed = epoch, record.created, (begin, record.next_frame)
+        self._add(session, runner)
+        log.info("session goes on with another model", session=session.digest, model=runner.name, version=runner.version, before=record.version)
+        return session
+
+    async def give_up(self, session: Session, error: ServiceError) -> None:
+        """Ends this copy after the message under way, and tells who streams it."""
+        if session.owner is not None:
+            session.owner.stop(error)
+        async with session.turn:
+            self.sessions.end(session, "moved")
 
     # Models
 
@@ -147,8 +250,7 @@ class Predictor:
     async def snapshot(self, session: Session) -> Record:
         """The session's record, taken between two of its messages; the session goes on. Raises what `turn` raises."""
         async with self.turn(session, self.deadline()):
-            runner = self._runners[session]
-            return session.record(runner.manifest, runner.rows.gather([session.row])[0])
+            return self.record(session)
 
     def restore(self, name: str, version: str | None, record: Record) -> Session:
         """A new session that goes on where the record's was, with the same bits. It has an id of its own: the other may live on, here or elsewhere.
@@ -250,12 +352,18 @@ class Predictor:
         reader = runner.reader(session.options.layout)
         frames = payload.read(reader, first) if payload.size <= _LARGE else await asyncio.to_thread(payload.read, reader, first)
         end = first + len(frames)
+        session.warm_up(first)
         known = session.known(first, len(frames))
         if known == len(frames):
             return self._stored(session, runner, first, end, options)
         if session.progress.plain and payload.t is None:
             before = session.answers.get(first, session.next_frame) if known and options.scores == "all" else None  # raises before anything runs
-            scores = runner.table(await runner.run(session.row, frames[known:], deadline, session.answers.add))
+
+            def commit(scores: bytes) -> None:
+                session.answers.add(scores)
+                self._changed(session)
+
+            scores = runner.table(await runner.run(session.row, frames[known:], deadline, commit))
             if options.scores != "all":
                 scores = scores[-1:]
             elif before is not None:
@@ -285,6 +393,8 @@ class Predictor:
             if done:
                 self._count_end(session, "restarted")
                 session.become(fresh)
+                if self.keeper is not None:
+                    self.keeper.forget(session)
                 self._runners[session] = runner
                 self.metrics.sessions_opened.labels(session.model, session.version).inc()
                 self.metrics.sessions_live.labels(session.model, session.version).inc()
@@ -306,6 +416,11 @@ class Predictor:
         passage.commit(runner.table(scores))
         session.answers.add(passage.scores.tobytes(), passage.times)
         self._count(runner, passage.events)
+        self._changed(session)
+
+    def _changed(self, session: Session) -> None:
+        if self.keeper is not None and session.ended is None and self.sessions.get(session.id) is session:
+            self.keeper.changed(session.id, session.next_frame)
 
     async def reset(self, session: Session, at: int, owner: Owner | None = None) -> list[TimedEvent]:
         """Begins anew at frame `at`, which must be the next one; returns the end of the event that was open. Repeating it gives the same again."""
@@ -314,6 +429,7 @@ class Predictor:
                 runner = self._runners[session]
                 runner.rows.clear(session.row)
                 self._count(runner, session.progress.reset(at))
+                self._changed(session)
             detector = session.progress.detector
             return [] if detector is None else detector.of_reset(at)
 
@@ -377,6 +493,8 @@ class Predictor:
             "classes": list(manifest.classes),
             "frame_shape": list(runner.reader(session.options.layout).shape),
             "window": session.answers.limit,
+            "horizon": _horizon(runner),
+            "durability": None if self.keeper is None else self.keeper.level,
             "limits": {
                 "message_bytes": self._settings.message_bytes,
                 "body_bytes": self._settings.body_bytes,
@@ -392,11 +510,14 @@ class Predictor:
         return value
 
     async def drain(self) -> None:
-        """Refuses new work and waits, for a while, until the work under way is done."""
+        """Refuses new work and waits, for a while, until the work under way is done and saved."""
         self.draining = True
+        end = time.monotonic() + self._settings.drain_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):
                 await asyncio.gather(*(runner.idle() for runner in self.models))
+        if self.keeper is not None:
+            await self.keeper.drain(max(0.5, end - time.monotonic()))
 
     # Inside
 
@@ -444,8 +565,10 @@ class Predictor:
             raise
 
     def _add(self, session: Session, runner: Runner) -> None:
+        session.epoch = max(session.epoch, 1 if self.keeper is not None else 0)
         self.sessions.add(session)
         self._runners[session] = runner
+        self._changed(session)
         self.metrics.sessions_opened.labels(runner.name, runner.version).inc()
         self.metrics.sessions_live.labels(runner.name, runner.version).inc()
         notes.note(session=session)
@@ -464,6 +587,8 @@ class Predictor:
     def _session_ended(self, session: Session, cause: Cause) -> None:
         self._runners.pop(session).rows.give(session.row)
         self._count_end(session, cause)
+        if self.keeper is not None:
+            self.keeper.ended(session, cause)
         log.debug("session ended", session=session.digest, model=session.model, cause=cause, frames=session.next_frame)
 
     def _count_end(self, session: Session, cause: Cause) -> None:
@@ -472,12 +597,17 @@ class Predictor:
 
     async def _evict(self, runner: Runner) -> None:
         """Ends the sessions of a version whose time is over, each after its message under way."""
-        error = ModelNotFound(f"version {runner.version} of model {runner.name} was unloaded", versions=[])
+        error: ServiceError = ModelNotFound(f"version {runner.version} of model {runner.name} was unloaded", versions=[])
+        if self.keeper is not None:  # whoever takes such a session up goes on with another version
+            error = Draining(f"version {runner.version} of model {runner.name} is not served any more", retry_after=0)
         for session in [session for session, its in self._runners.items() if its is runner]:
             if session.owner is not None:
                 session.owner.stop(error)
             async with session.turn:
                 if self._runners.get(session) is runner:
+                    if self.keeper is not None:
+                        with contextlib.suppress(ServiceError):
+                            await self.keeper.flush(session)
                     self.sessions.end(session, "drained")
 
     async def _sweep(self) -> None:
@@ -516,6 +646,7 @@ class Flight(Stretch):
             if error is None:
                 if session.progress.plain:
                     session.answers.add(self.scores)
+                    self.predictor._changed(session)
                 else:
                     passage = session.progress.prepare(self.first, self.runner.table(self.scores), None)
                     self.predictor._commit(session, self.runner, passage, self.scores)
@@ -550,6 +681,11 @@ def stream_warning(runner: Runner) -> str:
         fall = f"accuracy declines from {report.accuracy_first:.1%} to {report.accuracy_last:.1%} along a stream"
         return f"not verified for endless streams: {fall}; reset the session between actions"
     return ""
+
+
+def _horizon(runner: Runner) -> int:
+    """Frames that warm the model up, as far as anybody measured it."""
+    return 0 if runner.manifest.stream is None else runner.manifest.stream.horizon
 
 
 def _begun(runner: Runner, options: Options, session_id: str | None) -> Session:

@@ -94,6 +94,14 @@ class Progress:
         if self.detector is not None:
             self.detector.state = EventState.from_dict(value["detector"])
 
+    def take_clock(self, value: dict[str, Any]) -> bool:
+        """Begins with the clock of another model's stream, as its `to_dict` has it; whether there is one: frames that carry their own times."""
+        before = value["resampler"]
+        if before is None or before["origin"] is None:
+            return False
+        self.resampler, self.plain = ResamplerState(origin=before["origin"], time=before["time"]), False
+        return True
+
     def _commit(self, first: int, scores: Floats, resampled: Resampled | None, times: Times | None) -> tuple[Floats, list[TimedEvent]]:
         """Scores (steps, classes) -> scores of the client's frames (count, classes), and the events they decide."""
         answered, numbers = scores, np.arange(first, first + len(scores))

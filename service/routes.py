@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from service import schemas, steps
 from service.app_state import gate_of, predictor_of, settings_of
 from service.bodies import media_type, read_body, read_frames_body, read_json
-from service.errors import Draining, Malformed
+from service.errors import Draining, Malformed, ServiceError
 from service.metrics import CONTENT_TYPE_LATEST
 from service.options import NAMES, Options, read_options
 from service.predictor import Predictor
@@ -56,7 +56,9 @@ async def ready(request: Request) -> Response:
     predictor = predictor_of(request)
     if predictor.draining:
         raise Draining("the service is shutting down", retry_after=5)
-    return _json({"status": "ready", **(_models(predictor) if request.state.authorised else {})})
+    predictor.check_store()
+    facts = {} if predictor.keeper is None else {"store": predictor.keeper.facts()}
+    return _json({"status": "ready", **facts, **(_models(predictor) if request.state.authorised else {})})
 
 
 @router.get("/metrics", summary="Figures for Prometheus", tags=["service"])
@@ -150,7 +152,8 @@ async def open_session(request: Request, name: str, query: Annotated[schemas.Str
         fields = read_json(body, (), ("version", *NAMES))
         version = _version(fields.pop("version", None)) or version
         options = read_options(fields, options)
-    return _opened(predictor, predictor.open(name, version, options))
+    predictor.check_store()
+    return await _kept(predictor, predictor.open(name, version, options))
 
 
 async def _restore(request: Request, name: str, query: schemas.StreamQuery) -> Response:
@@ -160,7 +163,8 @@ async def _restore(request: Request, name: str, query: schemas.StreamQuery) -> R
     predictor = predictor_of(request)
     predictor.runner(name, query.version)  # an unknown model is said before a long body is read
     record = Record.from_bytes(await read_body(request, settings_of(request).body_bytes))
-    return _opened(predictor, predictor.restore(name, query.version, record))
+    predictor.check_store()
+    return await _kept(predictor, predictor.restore(name, query.version, record))
 
 
 @router.post(
@@ -177,7 +181,8 @@ async def step(request: Request, session_id: str, query: Annotated[schemas.StepQ
 
 
 async def _step(request: Request, asked: _Frames) -> Response:
-    predictor, session = predictor_of(request), _session(request, request.path_params["session_id"])
+    predictor, session_id = predictor_of(request), _checked_id(request, request.path_params["session_id"])
+    await predictor.find(session_id)  # an unknown session is said before a long body is read
     payload, fields = await read_frames_body(request, settings_of(request).body_bytes, ("first",), ("ack", "t"))
     first, ack, options = asked
     if fields:
@@ -186,10 +191,15 @@ async def _step(request: Request, asked: _Frames) -> Response:
         ack = None if fields.get("ack") is None else frame_number(fields["ack"], "ack")
     elif first is None:
         raise Malformed("a binary body needs ?first=, the number of its first frame")
-    answer = await steps.advance(predictor, session, first, payload, _options(options, session.options))
-    if ack is not None:
-        predictor.acknowledge(session, ack)
-    return _answer(answer)
+    asked_first = first
+
+    async def work(session: Session) -> Answer:
+        answer = await steps.advance(predictor, session, asked_first, payload, _options(options, session.options))
+        if ack is not None:
+            predictor.acknowledge(session, ack)
+        return answer
+
+    return _said(predictor, _answer(await predictor.through(session_id, work)))
 
 
 @router.post(
@@ -202,11 +212,16 @@ async def _step(request: Request, asked: _Frames) -> Response:
 )
 async def reset(request: Request, session_id: str) -> Response:
     """Forgets the past at the next frame; numbering goes on, an event that is open ends. Repeating it changes nothing and gives the same answer."""
-    predictor, session = predictor_of(request), _session(request, session_id)
+    predictor = predictor_of(request)
+    await predictor.find(_checked_id(request, session_id))
     fields = read_json(await read_body(request, 64 * 1024), ("at",))
-    events = await predictor.reset(session, frame_number(fields["at"], "at"))
-    value: dict[str, Any] = {"next_frame": session.next_frame, "reset_at": session.resets_at}
-    return _json({**value, "events": [event.to_dict() for event in events]} if session.options.events else value)
+
+    async def work(session: Session) -> dict[str, Any]:
+        events = await predictor.reset(session, frame_number(fields["at"], "at"))
+        value: dict[str, Any] = {"next_frame": session.next_frame, "reset_at": session.resets_at}
+        return {**value, "events": [event.to_dict() for event in events]} if session.options.events else value
+
+    return _json(await predictor.through(session_id, work))
 
 
 @router.get(
@@ -218,7 +233,7 @@ async def reset(request: Request, session_id: str) -> Response:
 )
 async def session_facts(request: Request, session_id: str) -> Response:
     sessions = predictor_of(request).sessions
-    session = sessions.find(session_id)
+    session = await predictor_of(request).resume(session_id)
     return _json({**session.facts(), "expires_in_s": sessions.expires_in_s(session)})
 
 
@@ -235,7 +250,7 @@ async def session_facts(request: Request, session_id: str) -> Response:
 )
 async def session_state(request: Request, session_id: str) -> Response:
     """The session's record, taken between two of its messages; the session goes on. It holds the session's id: keep it as secret."""
-    record = await predictor_of(request).snapshot(_session(request, session_id))
+    record = await predictor_of(request).snapshot(await predictor_of(request).resume(_checked_id(request, session_id)))
     return Response(record.to_bytes(), media_type="application/octet-stream", headers={"cache-control": "no-store"})
 
 
@@ -248,7 +263,8 @@ async def session_state(request: Request, session_id: str) -> Response:
 )
 async def touch(request: Request, session_id: str) -> Response:
     """As a message would, without one. A websocket keeps its sessions alive by itself."""
-    predictor, session = predictor_of(request), _session(request, session_id)
+    predictor = predictor_of(request)
+    session = await predictor.resume(_checked_id(request, session_id))
     predictor.touch(session)
     return _json({"next_frame": session.next_frame, "expires_in_s": predictor.sessions.expires_in_s(session)})
 
@@ -264,7 +280,7 @@ async def close_session(request: Request, session_id: str) -> Response:
     """Takes effect after the message under way. A manager closes other people's sessions by their digest."""
     predictor, gate = predictor_of(request), gate_of(request)
     by_digest = [session for session in predictor.sessions if session.digest == session_id] if gate.is_manager(request.headers) else []
-    session = by_digest[0] if by_digest else predictor.sessions.find(session_id)
+    session = by_digest[0] if by_digest else await predictor.resume(session_id)
     cause: Cause = "deleted" if by_digest else "closed"
     await predictor.close(session, cause)
     return _json({"closed": True, "next_frame": session.next_frame})
@@ -277,14 +293,29 @@ async def list_sessions(request: Request) -> Response:
     return _json({"sessions": [session.facts() for session in predictor_of(request).sessions]})
 
 
-def _session(request: Request, session_id: str) -> Session:
-    """The session to act on; pages of other origins must not act on one whose id they can guess."""
+def _checked_id(request: Request, session_id: str) -> str:
+    """The id of the session to act on; pages of other origins must not act on one whose id they can guess."""
     if may_be_guessed(session_id):
         gate_of(request).check_origin(request.headers)
-    return predictor_of(request).sessions.find(session_id)
+    return session_id
 
 
-def _opened(predictor: Predictor, session: Session) -> Response:
+def _said(predictor: Predictor, response: Response) -> Response:
+    """The answer to a step; that it is in memory alone is said in a header."""
+    if predictor.keeper is not None and predictor.keeper.health().degraded_since is not None:
+        response.headers["warning"] = '199 - "the store of sessions is down: a crash would lose this step"'
+    return response
+
+
+async def _kept(predictor: Predictor, session: Session) -> Response:
+    """The answer to opening it, which its client may take elsewhere at once."""
+    if predictor.keeper is not None:
+        predictor.keeper.changed(session.id, session.next_frame)
+        try:
+            await predictor.keeper.flush(session)
+        except ServiceError:
+            predictor.end(session, "failed")
+            raise
     return _json(predictor.opened(session), 201, {"location": f"/v1/sessions/{session.id}"})
 
 

@@ -6,11 +6,14 @@ round, `session_id` is what a sequence is called wherever a session is named.
 
 from __future__ import annotations
 
+import dataclasses
+
 import structlog
 
 from service import steps
-from service.errors import SequenceExpired, SequenceLive, SequenceNotFound, SessionExpired, SessionNotFound
+from service.errors import SequenceExpired, SequenceLive, SequenceNotFound, SessionExpired, SessionNotFound, StoreUnavailable, TakenOver
 from service.frames import Payload
+from service.keeper import TRIES, Keeper
 from service.options import Options
 from service.predictor import Flight, Predictor
 from service.protocol import Answer
@@ -45,10 +48,26 @@ class Sequences:
 
         Raises `SequenceNotFound`, `SequenceExpired`, `SequenceLive` or what `Predictor.advance` raises.
         """
+        keeper = self._predictor.keeper
+        if keeper is None:
+            return await self._step(model, version, step, payload, count, wait_s)
+        keeper.check_open()
+        for _ in range(TRIES):
+            await self._take_up(keeper, model, step.sequence)
+            session, answer = await self._step(model, version, dataclasses.replace(step, end=False), payload, count, wait_s)
+            if await self._saved(keeper, session):
+                if step.end and session.ended is None:  # not before it is certain that this copy was the latest
+                    await self._predictor.close(session, "closed")
+                return session, answer
+        raise TakenOver("the sequence is used in several places at once")
+
+    async def _step(self, model: str, version: str | None, step: Step, payload: Payload, count: int, wait_s: float | None) -> tuple[Session, Answer]:
         deadline = self._predictor.deadline(wait_s)
         while True:
             session, opened = self._find(model, version, step)
             try:
+                if opened and self._predictor.keeper is not None:
+                    await self._predictor.keeper.own(session)
                 async with self._predictor.turn(session, deadline):
                     return session, await self._run(session, version, step, payload, count, deadline)
             except SessionNotFound:  # it ended while this step waited for its turn; perhaps another has started it again since
@@ -66,7 +85,34 @@ class Sequences:
             return None
         first = session.next_frame if step.first is None else step.first
         flight = await steps.fly(self._predictor, session, first, Payload("raw", bytes(frames), len(frames)), _OPTIONS)
-        return None if flight is None else (session, flight)
+        if flight is None or (self._predictor.keeper is not None and not await self._saved(self._predictor.keeper, session)):
+            return None
+        return session, flight
+
+    async def _take_up(self, keeper: Keeper, model: str, sequence: int | str) -> None:
+        """Makes a sequence that another process has served live here."""
+        known = [session_id(model, sequence), *([sequence] if isinstance(sequence, str) else [])]
+        if any(self._predictor.sessions.get(one) is not None for one in known):
+            return
+        for one in known:
+            try:
+                await self._predictor.find(one)
+                return
+            except SessionNotFound:
+                continue
+            except StoreUnavailable:
+                if keeper.refuses:
+                    raise
+
+    async def _saved(self, keeper: Keeper, session: Session) -> bool:
+        """Waits until the step is in the store; False where it counts for nothing, as the sequence has gone on elsewhere."""
+        try:
+            await keeper.flush(session)
+        except (TakenOver, SessionNotFound) as error:
+            if session.ended in (None, "moved"):
+                await self._predictor.give_up(session, error)
+                return False
+        return True
 
     def _find(self, model: str, version: str | None, step: Step) -> tuple[Session, bool]:
         """The session, and whether it was opened just now."""
@@ -106,6 +152,8 @@ class Sequences:
         if session.id != session_id(session.model, step.sequence):  # a session that was opened otherwise keeps what it was opened with
             options, version = session.options, version or session.version
         answer = await self._predictor.restart(session, version, options, step.first or 0, count, payload, _OPTIONS, deadline)
+        if self._predictor.keeper is not None:
+            await self._predictor.keeper.own(session)
         log.info("sequence restarted", session=session.digest, model=session.model)
         return answer
 

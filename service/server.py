@@ -15,14 +15,17 @@ from pathlib import Path
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from pydantic import SecretStr
 
 from service.app import create_app
 from service.catalog import SHIPPED, Catalog
-from service.errors import StartupError
+from service.errors import StartupError, StoreUnavailable
 from service.grpc_server import GrpcServer
 from service.metrics import Metrics
 from service.predictor import Predictor
 from service.settings import Settings
+from service.store import Store, StoreSettings
+from service.stores import open_store
 from service.websocket import Upgrade
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -39,7 +42,10 @@ def serve(settings: Settings) -> None:
         host, port = settings.host, listening.getsockname()[1]
         grpc = GrpcServer(settings)
         catalog = Catalog.load(model_directories(settings), settings.device, settings.threads)
-        app = create_app(Predictor(catalog, settings, Metrics()), settings)
+        predictor = Predictor(catalog, settings, Metrics())
+        if settings.store is not None:
+            predictor.keep_in(_store(settings, settings.store))
+        app = create_app(predictor, settings)
         config = uvicorn.Config(
             app,
             loop="uvloop",
@@ -56,6 +62,22 @@ def serve(settings: Settings) -> None:
         server = _Server(config, app, settings, grpc)
         server.greeting = greeting(catalog, f"http://{_spoken(host)}:{port}", settings)
         server.run(sockets=[listening])
+
+
+def _store(settings: Settings, url: SecretStr) -> Store:
+    """Where sessions are kept; raises `StartupError` for a store that will never do. One that is only down will be waited for."""
+    chosen = StoreSettings(url.get_secret_value(), settings.store_durability, settings.idle_s, settings.age_s)
+
+    async def prove() -> None:
+        store = open_store(chosen)
+        try:
+            await store.start()
+        finally:
+            await store.close()
+
+    with contextlib.suppress(StoreUnavailable):
+        asyncio.run(prove())
+    return open_store(chosen)
 
 
 def model_directories(settings: Settings) -> list[Path]:
@@ -116,9 +138,8 @@ class _Server(uvicorn.Server):
         log.info("draining", sessions=len(self._state.predictor.sessions))
         for server in self.servers:
             server.close()
-        self._state.predictor.draining = True
+        await self._state.predictor.drain()  # what clients are told to take up elsewhere is saved by then
         await asyncio.gather(self._state.sockets.drain(self._drain_s), self._grpc.stop())
-        await self._state.predictor.drain()
         await super().shutdown(sockets)
         log.info("stopped")
 

@@ -22,7 +22,7 @@ from service.record import Record, manifest_digest
 from service.resampler import Times
 
 Floats = npt.NDArray[np.float32]
-Cause = Literal["closed", "expired", "aged", "drained", "deleted", "restarted", "failed"]  # failed: what would have been its first frames
+Cause = Literal["closed", "expired", "aged", "drained", "deleted", "restarted", "failed", "moved"]  # failed: what would have been its first frames
 
 KEPT_FRAMES = 64
 KEPT_BYTES = 256 * 1024
@@ -98,6 +98,11 @@ class Answers:
         """How many more frames can be kept without forgetting any."""
         return max(0, self.limit - (self.end - self.start))
 
+    def begin(self, at: int) -> None:
+        """Nothing is kept, and frame `at` is the next."""
+        self._blocks.clear()
+        self.start = self.end = at
+
     def restore(self, end: int, scores: Floats, times: Times | None) -> None:
         """Keeps the scores (count, classes) of the frames up to `end`, and nothing else."""
         self.end = end
@@ -152,6 +157,12 @@ class Owner(Protocol):
     def stop(self, error: ServiceError) -> None:
         """Ends the connection with this error; must not raise."""
 
+    def durable(self, frame: int) -> None:
+        """Every frame below survives this process."""
+
+    def warn(self, error: ServiceError) -> None:
+        """Something is wrong that does not end the stream."""
+
 
 class Session:
     """One stream. Whoever changes it holds `turn`, so that its messages take effect one after another."""
@@ -171,6 +182,7 @@ class Session:
         self.created = time.time()
         self.began = self.used = time.monotonic()  # in this process, for expiry; `used` also moves on
         self.epoch = 0  # how often the stream was taken up from a record
+        self.renewed: tuple[int, int] | None = None  # [from, to): frames of before that may warm another model up, until others come
         self._reset_at = 0
 
     @property
@@ -185,6 +197,14 @@ class Session:
     def resets_at(self) -> int:
         """Where the stream last began anew."""
         return self._reset_at
+
+    def warm_up(self, first: int) -> None:
+        """Frames that warm a new model up may begin where their client still has them."""
+        if self.renewed is not None:
+            begin, end = self.renewed
+            self.renewed = None
+            if self.next_frame == begin <= first <= end:
+                self.answers.begin(first)
 
     def known(self, first: int, count: int) -> int:
         """How many of the frames [first, first + count) are already taken; raises `Empty` or `Gap`."""

@@ -62,7 +62,16 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("INDRNN_TRACES", "OTEL_EXPORTER_OTLP_ENDPOINT"),
         description="OpenTelemetry collector that takes traces (OTLP over HTTP), such as http://127.0.0.1:4318; needs the extra otel; default: no traces",
     )
-    workers: int = Field(1, description="processes; only 1 until sessions have a shared store")
+    store: SecretStr | None = Field(
+        None, description="where sessions are kept beside memory: sqlite:///PATH, redis://HOST, rediss:, redis+sentinel:, redis+cluster:; default: nowhere"
+    )
+    store_durability: Literal["memory", "fsynced", "replicated"] = Field(
+        "memory", description="when the store is believed to have a session: it holds it, its disk does, or a replica of it as well"
+    )
+    store_down: Literal["serve", "refuse"] = Field("serve", description="what happens while the store is down: work goes on from memory alone, or is refused")
+    checkpoint_frames: int = Field(8, ge=1, le=4096, description="frames of a stream after which it is saved to the store")
+    checkpoint_ms: Seconds = Field(200.0, gt=0, le=60_000, description="milliseconds after which a stream that has taken frames is saved to the store")
+    workers: int = Field(1, description="processes; only 1: several services on one store are what scales")
 
     @field_validator("origins", mode="before")
     @classmethod
@@ -73,7 +82,7 @@ class Settings(BaseSettings):
     @classmethod
     def _one_worker(cls, value: int) -> int:
         if value != 1:
-            raise ValueError("only 1 is possible: sessions live in one process's memory, and a second worker would not find them")
+            raise ValueError("only 1 is possible: start several services with one INDRNN_STORE and a balancer before them instead")
         return value
 
     @field_validator("traces")

@@ -119,6 +119,16 @@ class Track:
         """The websocket is not read any more until something is answered: who waits for an ack must know."""
         self._acked.set()
 
+    def durable(self, frame: int) -> None:
+        """Every frame below survives this process."""
+        if not self._over:
+            self._link.send(write("durable", track=self.number, frame=frame))
+
+    def warn(self, error: ServiceError) -> None:
+        """Something is wrong that does not end the stream."""
+        if not self._over:
+            self._link.send(write("warning", track=self.number, warning=error.message, code=error.code, **error.facts))
+
     def stop(self, error: ServiceError) -> None:
         """Ends it at once: the session was taken over, closed elsewhere, or has expired."""
         if self._stopped is None and self.task is not None:
@@ -156,7 +166,7 @@ class Track:
         return None
 
     async def _open(self, message: Open) -> Session:
-        session = self._session_of(message)
+        session = await self._session_of(message)
         self._session = session
         self._all_scores = dataclasses.replace(self._options, scores="all")
         self._binary = self._options.answers == "binary"
@@ -165,18 +175,21 @@ class Track:
         opened = {**self._predictor.opened(session), "options": self._options.to_dict()}
         opened["limits"]["tracks"] = MOST_TRACKS
         self._link.send(write("opened", track=self.number, **opened))
-        if message.session is not None:
+        if session.renewed is not None:
+            self._send_renewed(session, session.renewed)
+        elif message.session is not None:
             self._send_kept(session, message.ack)
         if self._early_ack:
             self._predictor.acknowledge(session, self._early_ack)
         return session
 
-    def _session_of(self, message: Open) -> Session:
+    async def _session_of(self, message: Open) -> Session:
         if message.session is None:
+            self._predictor.check_store()
             session = self._predictor.open(self._model, message.version, read_options(message.options, _DEFAULTS))
             self._options = session.options
             return session
-        session = self._predictor.sessions.find(message.session)
+        session = await self._predictor.resume(message.session)
         if session.model != self._model or message.version not in (None, session.version):
             raise Malformed(f"the session belongs to model {session.model}, version {session.version}")
         self._options = read_options(message.options, read_options({"scores": "all"}, session.options))
@@ -184,6 +197,12 @@ class Track:
             if getattr(self._options, name) != getattr(session.options, name):
                 raise Malformed(f"{name} is fixed when a session opens; this one has {getattr(session.options, name)}")
         return session
+
+    def _send_renewed(self, session: Session, renewed: tuple[int, int]) -> None:
+        """Says that the model is another one, which the client's latest frames may warm up."""
+        begin, end = renewed
+        facts = {name: value for name, value in self._predictor.opened(session).items() if name in ("version", "fingerprint", "classes")}
+        self._link.send(write("model_changed", track=self.number, frame=end, warm_from=begin, **facts))
 
     def _send_kept(self, session: Session, ack: int | None) -> None:
         """Sends again what the client may have missed."""

@@ -49,7 +49,7 @@ LAYERS = {
         ["model_files", "bodies", "schemas", "tensors", "metadata", "tracing", "client_ledger", "client_socket", "websocket", "store_servers"],
         ["catalog", "runner", "store_redis"],
         ["repository", "tune", "stores"],
-        ["turn"],
+        ["turn", "keeper"],
         ["predictor", "client_stream"],
         ["app_state", "tracks", "steps", "clips", "client_tracks"],
         ["sequences"],
