@@ -193,6 +193,7 @@ class Socket(WSListener):
     def _refuse(self, code: int, reason: str) -> None:
         """What breaks the rules of websockets ends the connection at once."""
         self.close(code, reason)
+        self._upgrade.transport.close()
         self.lost()
 
     def _goodbye(self, transport: WSTransport, frame: WSFrame) -> None:
