@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -22,71 +16,11 @@ import yaml
 from service.client import Client
 from service.settings import Settings
 from tests import toy_models
+from tests.docker.compose_stack import ROOT, Stack, bare_environment, free_port, need, run
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.name for path in (ROOT / "service" / "models").glob("*") if path.is_dir())
 OWN = "own-model"
 SET_BY_THE_IMAGE = {"host", "port", "models"}
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A Compose project of its own name that serves on `url`."""
-
-    project: str
-    environment: dict[str, str]
-    url: str
-    token: str
-
-    def compose(self, *arguments: str, timeout_s: float = 60) -> str:
-        return run(["docker", "compose", "--project-name", self.project, *arguments], self.environment, timeout_s)
-
-    def inspect(self) -> dict[str, Any]:
-        container = self.compose("ps", "--all", "--quiet", "indrnn").strip()
-        [found] = json.loads(run(["docker", "inspect", container], self.environment))
-        return found
-
-    def inside(self, *command: str) -> str:
-        return self.compose("exec", "--no-TTY", "indrnn", *command).strip()
-
-    def wait_until_healthy(self, within_s: float = 90) -> None:
-        """Healthy is what the image's own health check says, not what we can reach."""
-        end = time.monotonic() + within_s
-        while (state := self.inspect()["State"])["Status"] == "running" and time.monotonic() < end:
-            if state["Health"]["Status"] == "healthy":
-                return
-            time.sleep(0.5)
-        pytest.fail(f"not healthy within {within_s:.0f} s: {json.dumps(state, indent=1)}\n{self.compose('logs')}")
-
-
-def run(command: list[str], environment: dict[str, str] | None = None, timeout_s: float = 60) -> str:
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
-def bare_environment() -> dict[str, str]:
-    """Ours without settings of the service, which Compose would hand to the container."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("INDRNN_")}
-
-
-def need(*command: str) -> None:
-    """Skips, saying what is missing."""
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"`{' '.join(command)}` does not answer")
-    if answer.returncode:
-        pytest.skip(f"`{' '.join(command)}` fails: {answer.stderr.strip()[-200:]}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
