@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -217,21 +217,28 @@ class Checkpoints:
         starts = [self._due_at] if self._due else []
         if self._waiting:
             starts.append(next(iter(self._waiting.values())).since + self._wait_s)
+        if self._degraded_since is not None and not starts:
+            starts.append(self._retry_at)
         return max(min(starts), self._retry_at) - self._now() if starts else None
 
     def _set_out(self) -> None:
         now = self._now()
         while self._waiting and (oldest := next(iter(self._waiting.values()))).since + self._wait_s <= now:
             self._make_due(oldest)
-        if now < self._retry_at or not self._due or now < self._due_at:
+        if now < self._retry_at:
             return
-        while self._due and len(self._flights) < self._most_flights():
+        if self._degraded_since is not None and not (self._due or self._waiting):
+            self._launch(self._probe())
+        while self._due and now >= self._due_at and len(self._flights) < self._most_flights():
             batch = [self._due.pop(session_id) for session_id in list(self._due)[:MOST_IN_BATCH]]
             for entry in batch:
                 entry.flying = True
-            flight = asyncio.create_task(self._fly(batch))
-            self._flights.add(flight)
-            flight.add_done_callback(self._flown)
+            self._launch(self._fly(batch))
+
+    def _launch(self, work: Coroutine[None, None, None]) -> None:
+        flight = asyncio.create_task(work)
+        self._flights.add(flight)
+        flight.add_done_callback(self._flown)
 
     def _most_flights(self) -> int:
         return MOST_FLIGHTS if self._degraded_since is None else 1  # a store that is down is asked by one
@@ -330,6 +337,15 @@ class Checkpoints:
         return self._entries.get(entry.session_id) is entry
 
     # How the store does
+
+    async def _probe(self) -> None:
+        """Asks a store that failed how it does, where there is nothing to save that would show it."""
+        try:
+            await self._store.ping()
+        except StoreUnavailable as error:
+            self._failed(error)
+        else:
+            self._succeeded()
 
     def _failed(self, error: StoreUnavailable) -> None:
         self._reason = error.message

@@ -244,6 +244,25 @@ def test_a_store_that_is_down_is_asked_ever_more_seldom_and_then_gets_the_newest
     play(scenario)
 
 
+def test_a_store_that_failed_is_asked_again_though_nothing_is_to_be_saved() -> None:
+    """Its only session ended while it was away: health must not stay as it was."""
+
+    async def scenario(sessions: Sessions) -> None:
+        store = sessions.store
+        assert isinstance(store, Slow)
+        store.broken = StoreUnavailable("away")
+        sessions.advance("s", 8)
+        await asyncio.sleep(1)
+        sessions.checkpoints.forget("s")
+        assert sessions.checkpoints.health().degraded_since is not None
+        saves, store.broken = len(store.saves), None
+        await asyncio.sleep(LAST_RETRY_S)
+        assert sessions.checkpoints.health().degraded_since is None
+        assert len(store.saves) == saves
+
+    play(scenario)
+
+
 def test_a_fault_of_the_store_itself_ends_nothing() -> None:
     async def scenario(sessions: Sessions) -> None:
         store = sessions.store
