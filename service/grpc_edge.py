@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from types import TracebackType
 from typing import Any, NoReturn
 
 import structlog
@@ -15,57 +15,78 @@ from service import notes
 from service.errors import ServiceError
 from service.grpc_status import facts_of, status_of
 from service.metrics import Metrics
+from service.tracing import Traces
 
 log = structlog.get_logger("grpc")
 
-
-class Work:
-    """A call, or one request of a stream, that is under way. Who leaves before it is answered has cancelled it."""
-
-    __slots__ = ("status",)
-
-    def __init__(self) -> None:
-        self.status = StatusCode.CANCELLED
+_CLIENT_LEFT = 499  # what a call that was cancelled is in HTTP's terms, which spans have
 
 
 class Edge:
-    """Counts work by its method, a path such as `/inference.GRPCInferenceService/ModelInfer`, and its status in gRPC."""
+    """Counts calls by their method, a path such as `/inference.GRPCInferenceService/ModelInfer`, and their status in gRPC.
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._requests: dict[tuple[str, StatusCode], Any] = {}
-        self._seconds: dict[str, Any] = {}
+    `spoken`: whether log lines tell of each.
+    """
 
-    def begin(self) -> str:
+    def __init__(self, metrics: Metrics, traces: Traces | None, spoken: bool) -> None:
+        self.metrics, self.traces, self.spoken = metrics, traces, spoken
+        self.requests: dict[tuple[str, StatusCode], Any] = {}
+        self.seconds: dict[str, Any] = {}
+
+    def begin(self, headers: Mapping[str, str]) -> str:
         """A new request's id, which log lines and answers to errors have."""
-        request = secrets.token_hex(8)
+        request = f"{random.getrandbits(64):016x}"
         notes.begin(request=request)
+        if self.traces is not None:
+            self.traces.begin(headers)
         return request
 
-    @contextmanager
-    def counted(self, method: str) -> Iterator[Work]:
-        began, work = time.perf_counter(), Work()
-        try:
-            yield work
-        finally:
-            key = method, work.status
-            if (requests := self._requests.get(key)) is None:
-                requests = self._requests[key] = self._metrics.requests.labels(method, work.status.name)
-                self._seconds[method] = self._metrics.request_seconds.labels(method)
-            requests.inc()
-            self._seconds[method].observe(time.perf_counter() - began)
+    def work(self, method: str) -> Work:
+        return Work(self, method)
 
     def known(self, error: Exception, method: str, request: str) -> ServiceError:
         """What the client is told; what nobody foresaw is logged."""
         if not isinstance(error, ServiceError):
             log.exception("request failed", method=method)
             error = ServiceError(request=request)
-        self._metrics.errors.labels(error.code).inc()
+        self.metrics.errors.labels(error.code).inc()
         return error
+
+
+class Work:
+    """A call, or one request of a stream: `with` it, and `done` or `failed` before it ends. Who leaves before that has cancelled it."""
+
+    __slots__ = ("_began", "_edge", "_method", "_said", "_status")
+
+    def __init__(self, edge: Edge, method: str) -> None:
+        self._edge, self._method = edge, method
+        self._status, self._said = StatusCode.CANCELLED, _CLIENT_LEFT
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> Work:
+        return self
+
+    def done(self) -> None:
+        self._status, self._said = StatusCode.OK, 200
+
+    def failed(self, error: ServiceError) -> None:
+        self._status, self._said = status_of(error), error.status
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        edge, method, seconds = self._edge, self._method, time.perf_counter() - self._began
+        if (requests := edge.requests.get((method, self._status))) is None:
+            requests = edge.requests[method, self._status] = edge.metrics.requests.labels(method, self._status.name)
+            edge.seconds[method] = edge.metrics.request_seconds.labels(method)
+        requests.inc()
+        edge.seconds[method].observe(seconds)
+        if edge.traces is not None:
+            edge.traces.request("POST", method, self._said, seconds)
+        if edge.spoken:
+            log.debug("request", method=method, status=self._status.name, ms=round(1000 * seconds, 2))
 
 
 async def abort(context: Any, error: ServiceError, request: str) -> NoReturn:
     """Ends the call with this error."""
     facts = {**facts_of(error), "x-request-id": request}
     await context.abort(status_of(error), error.message, tuple((name, str(value)) for name, value in facts.items()))
-    raise AssertionError("an aborted call goes on")
+    raise AssertionError("an aborted call does not go on")

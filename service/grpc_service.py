@@ -9,14 +9,14 @@ from typing import Any
 import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
-from grpc import StatusCode, aio
+from grpc import aio
 
 from service import calls
 from service.errors import Malformed, NotSupported, ServiceError, TooMany
 from service.gate import Gate
 from service.grpc_edge import Edge, abort
 from service.grpc_messages import ModelInferRequest, ModelStreamInferResponse, message_class
-from service.grpc_status import facts_of, status_of
+from service.grpc_status import facts_of
 from service.grpc_stream import Stream
 from service.grpc_tensors import read_request, set_parameter, size_of, write_response
 from service.metadata import INPUTS, OUTPUTS, model_config, server_metadata
@@ -39,7 +39,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def __init__(self, predictor: Predictor, sequences: Sequences, gate: Gate, settings: Settings) -> None:
         self._predictor, self._sequences, self._gate, self._settings = predictor, sequences, gate, settings
-        self._edge = Edge(predictor.metrics)
+        self._edge = Edge(predictor.metrics, predictor.traces, settings.log_level == "debug")
         self._streams: set[Stream] = set()
         self._draining = False
         self._handlers = {
@@ -84,16 +84,17 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
     # Inference
 
     async def _infer(self, message: Any, context: Any) -> Any:
-        with self._edge.counted(_INFER) as work:
-            request = self._edge.begin()
+        headers = _headers(context)
+        with self._edge.work(_INFER) as work:
+            request = self._edge.begin(headers)
             try:
                 _check_read(message)
-                answer = await self._answer(message, _headers(context), context.time_remaining())
+                answer = await self._answer(message, headers, context.time_remaining())
             except Exception as error:
                 known = self._edge.known(error, _INFER, request)
-                work.status = status_of(known)
+                work.failed(known)
                 await abort(context, known, request)
-            work.status = StatusCode.OK
+            work.done()
             return answer
 
     async def _answer(self, message: Any, headers: Headers, wait_s: float | None) -> Any:
@@ -104,32 +105,33 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         return write_response(asked, name, await calls.infer(self._predictor, self._sequences, name, version, asked, size_of(message)))
 
     async def _stream(self, _: Any, context: Any) -> None:
-        request = self._edge.begin()
+        headers = _headers(context)
+        request = self._edge.begin(headers)
         try:
             if len(self._streams) >= self._settings.connections:
                 raise TooMany(f"{self._settings.connections} streams are open, no more are allowed", retry_after=5)
-            await self._serve(context, request)
+            await self._serve(context, headers, request)
         except Exception as error:
             await abort(context, self._edge.known(error, _STREAM, request), request)
 
-    async def _serve(self, context: Any, request: str) -> None:
-        headers, left = _headers(context), context.time_remaining()
+    async def _serve(self, context: Any, headers: Headers, request: str) -> None:
+        left = context.time_remaining()
         ends_at_error = headers.get(_ENDS_AT_ERROR, "").lower() == "true"
         ends = None if left is None else time.monotonic() + left
 
         async def answer(message: Any, came: float) -> Any:
-            with self._edge.counted(_STREAM) as work:
+            with self._edge.work(_STREAM) as work:
                 until = came + self._settings.deadline_s
                 try:
                     response = await self._answer(message, headers, (until if ends is None else min(until, ends)) - time.monotonic())
                 except Exception as error:
                     if ends_at_error:
-                        work.status = status_of(error) if isinstance(error, ServiceError) else StatusCode.INTERNAL
+                        work.failed(error if isinstance(error, ServiceError) else ServiceError())
                         raise
                     known = self._edge.known(error, _STREAM, request)
-                    work.status = status_of(known)
+                    work.failed(known)
                     return _refusal(known, message)
-                work.status = StatusCode.OK
+                work.done()
                 response.parameters["triton_final_response"].bool_param = True  # no request has more than one
                 return ModelStreamInferResponse(infer_response=response)
 
@@ -197,16 +199,17 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         method, response_class = PREFIX + name, message_class(f"{name}Response")
 
         async def run(message: Any, context: Any) -> Any:
-            with self._edge.counted(method) as work:
-                request = self._edge.begin()
+            headers = _headers(context)
+            with self._edge.work(method) as work:
+                request = self._edge.begin(headers)
                 try:
                     _check_read(message)
-                    answer = ParseDict(await handler(message, _headers(context)), response_class(), ignore_unknown_fields=True)
+                    answer = ParseDict(await handler(message, headers), response_class(), ignore_unknown_fields=True)
                 except Exception as error:
                     known = self._edge.known(error, method, request)
-                    work.status = status_of(known)
+                    work.failed(known)
                     await abort(context, known, request)
-                work.status = StatusCode.OK
+                work.done()
                 return answer
 
         return grpc.unary_unary_rpc_method_handler(run, _reader(message_class(f"{name}Request")), _to_bytes)
@@ -215,9 +218,9 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Refuses a call whatever it sends. As a stream, for its first message would be read whole before it is answered otherwise."""
 
         async def refuse(_: Any, context: Any) -> None:
-            with self._edge.counted(method if method in self._handlers else "unmatched") as work:
-                work.status = status_of(error)
-                request = self._edge.begin()
+            with self._edge.work(method if method in self._handlers else "unmatched") as work:
+                work.failed(error)
+                request = self._edge.begin(_headers(context))
                 await abort(context, self._edge.known(error, method, request), request)
 
         return grpc.stream_stream_rpc_method_handler(refuse)

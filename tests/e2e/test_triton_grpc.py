@@ -633,6 +633,9 @@ def test_a_client_that_does_not_read_is_not_read(server: Server, served: tuple[S
 
 # Cancelled, too late, killed
 
+LONG = 60_000  # frames that take the service longer than it takes to ask how it stands
+PATIENT = {"INDRNN_DEADLINE_S": "60", "INDRNN_DRAIN_S": "60"}
+
 
 def waiting(server: Server, model: str) -> int:
     """Messages that wait or run."""
@@ -647,9 +650,9 @@ def wait_until(true: Callable[[], Any]) -> None:
 
 
 def test_who_leaves_before_his_turn_changes_nothing(models: Path, tmp_path: Path) -> None:
-    with serving(models, tmp_path / "log") as (server, address), grpc.insecure_channel(address) as channel:
+    with serving(models, tmp_path / "log", **PATIENT) as (server, address), grpc.insecure_channel(address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        clip = example_frames(SKELETON, 40_000)
+        clip = example_frames(SKELETON, LONG)
         expected = whole(server, clip, "skeleton")
         ask = {"model": "skeleton", "sequence": 1}
         long = stub.ModelInfer.future(request_of(clip[None, :-20], start=True, **ask))
@@ -663,7 +666,7 @@ def test_who_leaves_before_his_turn_changes_nothing(models: Path, tmp_path: Path
         cancelled.cancel()
         stream.cancel()
         assert not long.done()
-        assert scores_of(long.result(timeout=30))[0].tobytes() == expected[:-20].tobytes()
+        assert scores_of(long.result(timeout=60))[0].tobytes() == expected[:-20].tobytes()
         rest = stub.ModelInfer(request_of(clip[None, -20:], end=True, **ask))
         assert scores_of(rest)[0].tobytes() == expected[-20:].tobytes()
         counted = figures(server, "indrnn_requests_total")
@@ -702,14 +705,14 @@ def test_a_client_that_is_killed_leaves_its_sequence_to_be_gone_on_with(server: 
 
 
 def test_at_the_end_what_was_read_is_answered(models: Path, tmp_path: Path) -> None:
-    with serving(models, tmp_path / "log", "--max-batch", "1") as (server, address), grpc.insecure_channel(address) as channel:
+    with serving(models, tmp_path / "log", **PATIENT) as (server, address), grpc.insecure_channel(address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         more: Queue[Any] = Queue()
         more.put(request_of(CLIP[None, :10], sequence=3, start=True))
         stream = stub.ModelStreamInfer(iter(more.get, None))
         assert next(stream).infer_response.parameters["sequence_step"].int64_param == 10
         idle = stub.ModelStreamInfer(iter(Queue().get, None))
-        long = stub.ModelInfer.future(request_of(example_frames(SKELETON, 20_000)[None], model="skeleton"))
+        long = stub.ModelInfer.future(request_of(example_frames(SKELETON, LONG)[None], model="skeleton"))
         wait_until(lambda: waiting(server, "skeleton"))
         server.process.send_signal(signal.SIGTERM)
         for one in (stream, idle):
@@ -717,8 +720,8 @@ def test_at_the_end_what_was_read_is_answered(models: Path, tmp_path: Path) -> N
                 next(one)
             assert (caught.value.code(), "shutting down" in caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, True)
             assert dict(caught.value.trailing_metadata())["error-code"] == "draining"
-        assert long.result(timeout=20).outputs[0].shape == [1, 20_000, 4]
-        assert server.process.wait(20) == 0
+        assert long.result(timeout=60).outputs[0].shape == [1, LONG, 4]
+        assert server.process.wait(60) == 0
         more.put(None)
         assert "failed" not in server.errors()
 
