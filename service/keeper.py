@@ -32,8 +32,8 @@ _KEPT: tuple[Cause, ...] = ("drained", "moved", "expired")  # ends of a copy, no
 Result = TypeVar("Result")
 
 
-class House(Protocol):
-    """Where the sessions live: the predictor."""
+class Home(Protocol):
+    """Where the sessions live."""
 
     def get(self, session_id: str) -> Session | None: ...
     def record(self, session: Session) -> Record:
@@ -53,7 +53,7 @@ class House(Protocol):
 class Keeper:
     """One predictor's sessions in one store. `refuses`: whether work is refused while the store is down, rather than done without it."""
 
-    def __init__(self, house: House, store: Store, metrics: Metrics, *, frames: int, wait_s: float, refuses: bool) -> None:
+    def __init__(self, house: Home, store: Store, metrics: Metrics, *, frames: int, wait_s: float, refuses: bool) -> None:
         self.store = store
         self.level = store.settings.durability
         self.refuses = refuses
@@ -110,7 +110,7 @@ class Keeper:
     # ---- whose a session is
 
     async def find(self, session_id: str) -> Session:
-        """The session, live here or taken up from the store; raises `SessionNotFound`, `StoreUnavailable` or what `House.adopt` raises.
+        """The session, live here or taken up from the store; raises `SessionNotFound`, `StoreUnavailable` or what `Home.adopt` raises.
 
         A copy that is live here may have been taken over elsewhere without our knowing yet: `resume` asks, and a step finds out when it is saved.
         """
