@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -58,7 +59,7 @@ def fact(name: str, limit: float | str | None = None, *others: str) -> Bar:
 
 def _services() -> list[Bar]:
     """Websocket streams over the echo, and beside onnxruntime alone."""
-    service, alone, echo, picows = (lambda streams, who=who: Variant(who, streams) for who in ("service", "alone", "echo", "picows echo"))
+    service, alone, echo, picows = (partial(Variant, who) for who in ("service", "alone", "echo", "picows echo"))
 
     def trip(report: Report) -> float | None:
         return report.within([service(1), echo(1), alone(1)], lambda ours, bare, step: ours.p50_ms / (bare.p50_ms + step.p50_ms))

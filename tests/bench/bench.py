@@ -168,7 +168,7 @@ class Bench:
 
     def _pairs(self, group: Group) -> list[tuple[toy_models.Floats, toy_models.Floats]]:
         """Scores as they should be and as they came, of the first messages of each stream."""
-        dialect, pairs = group.dialect, []
+        dialect, pairs = group.dialect, list[tuple[toy_models.Floats, toy_models.Floats]]()
         chunks = messages(self.frames, group.per_message)
         for index, recorded in enumerate(run([group], self.frames, 0.1, warmup=0.05, record=CHECKED)[0].recorded):
             sent = [chunks[(index + place) % len(chunks)] for place in range(len(recorded))]

@@ -175,7 +175,7 @@ class RestSteps(Dialect):
 
 
 class SequenceSteps(Dialect):
-    """A sequence of the Open Inference Protocol with binary tensors, as its stock client sends it."""
+    """A sequence of the Open Inference Protocol with binary tensors, as its stock client sends it; all messages have as many frames."""
 
     opening = 1
 
@@ -183,22 +183,21 @@ class SequenceSteps(Dialect):
         streams = []
         for index in range(count):
             wire, name = stack.enter_context(Http(self.url, f"sequence {index}")), next(_sequences)
-            if not self.bare:
+            if not self.bare and not self.stateless:
                 self._ask(wire, name, first, start=True)
-            asked = self._asked(name, first.nbytes, first.shape)
-            length = str(len(asked) + first.nbytes)
+            size = len(bodies[0].data)
+            asked = self._asked(name, size, first, self.stateless, self.stateless)
+            length = str(len(asked) + size)
             head = wire.head("POST", self._path, Content_Length=length, Inference_Header_Content_Length=str(len(asked)))
             streams.append(Stream(wire, head + ENDS_HEAD + asked, str(name)))
         return streams
 
     def bodies(self, messages: Sequence[Floats]) -> list[Body]:
-        if any(len(message) != 1 for message in messages):
-            raise ValueError("a stream's head says that every message has one frame")
         return [Body(message.tobytes()) for message in messages]
 
     def close(self, streams: Sequence[Stream], first: Floats) -> None:
         for stream in streams:
-            if not self.bare:
+            if not self.bare and not self.stateless:
                 assert isinstance(stream.wire, Http)
                 self._ask(stream.wire, int(stream.name), first, end=True)
 
@@ -214,11 +213,12 @@ class SequenceSteps(Dialect):
         return f"/v2/models/{self.model}/infer"
 
     def _ask(self, wire: Http, name: int, frame: Floats, *, start: bool = False, end: bool = False) -> bytes:
-        asked = self._asked(name, frame.nbytes, frame.shape, start, end)
+        asked = self._asked(name, frame.nbytes, frame, start, end)
         return wire.ask("POST", self._path, asked + frame.tobytes(), Inference_Header_Content_Length=str(len(asked)))
 
-    def _asked(self, name: int, size: int, shape: tuple[int, ...], start: bool = False, end: bool = False) -> bytes:
-        tensor = {"name": "frames", "shape": [1, *shape], "datatype": "FP32", "parameters": {"binary_data_size": size}}
+    def _asked(self, name: int, size: int, frame: Floats, start: bool, end: bool) -> bytes:
+        """What a request says before `size` bytes of frames like `frame` (1, ...)."""
+        tensor = {"name": "frames", "shape": [1, size // frame.nbytes, *frame.shape[1:]], "datatype": "FP32", "parameters": {"binary_data_size": size}}
         sequence = {"sequence_id": name, "sequence_start": start, "sequence_end": end}
         outputs = [{"name": "scores", "parameters": {"binary_data": True}}]
         return orjson.dumps({"id": "", "inputs": [tensor], "outputs": outputs, "parameters": sequence})

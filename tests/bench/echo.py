@@ -56,13 +56,13 @@ class Echo:
 def picows_protocol(answer_bytes: int) -> type[asyncio.Protocol]:
     """A websocket class for uvicorn that hands the connection over to picows, whose listener answers by itself."""
     from picows import WSAutoPingStrategy, WSFrame, WSListener, WSMsgType, WSTransport
-    from picows.picows import WSProtocol
+    from picows.picows import WSProtocol  # type: ignore[attr-defined]  # compiled; its stubs leave it out
 
     answer = bytes(HEADER_BYTES + answer_bytes)
     silent = logging.getLogger("echo.picows")
     silent.setLevel(logging.CRITICAL)
 
-    class Listener(WSListener):  # type: ignore[misc]
+    class Listener(WSListener):
         def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
             if frame.msg_type == WSMsgType.BINARY:
                 if frame.get_payload_as_bytes()[1] != ACK:

@@ -118,15 +118,20 @@ class Outcome(IntEnum):
     PASSED = 6  # text messages that were neither answers nor errors
 
 
+def _libc(name: str, gives: Any, *takes: Any) -> Any:
+    """A function of the C library, for compiled code alone."""
+    return types.ExternalFunction(name, gives(*takes))
+
+
 _int, _size, _address = types.int32, types.intp, types.uintp
-_recv = types.ExternalFunction("recv", _size(_int, _address, _size, _int))
-_send = types.ExternalFunction("send", _size(_int, _address, _size, _int))
-_epoll_wait = types.ExternalFunction("epoll_wait", _int(_int, _address, _int, _int))
-_poll = types.ExternalFunction("poll", _int(_address, types.uintp, _int))
-_ppoll = types.ExternalFunction("ppoll", _int(_address, types.uintp, _address, _address))
-_memcpy = types.ExternalFunction("memcpy", _address(_address, _address, _address))
-_clock_gettime = types.ExternalFunction("clock_gettime", _int(_int, _address))
-_errno_location = types.ExternalFunction("__errno_location", types.CPointer(types.int32)())
+_recv = _libc("recv", _size, _int, _address, _size, _int)
+_send = _libc("send", _size, _int, _address, _size, _int)
+_epoll_wait = _libc("epoll_wait", _int, _int, _address, _int, _int)
+_poll = _libc("poll", _int, _address, types.uintp, _int)
+_ppoll = _libc("ppoll", _int, _address, types.uintp, _address, _address)
+_memcpy = _libc("memcpy", _address, _address, _address, _address)
+_clock_gettime = _libc("clock_gettime", _int, _int, _address)
+_errno_location = _libc("__errno_location", types.CPointer(types.int32))
 
 # Compiled code sees plain integers.
 _DONE, _NO_ANSWER, _CLOSED, _UNEXPECTED, _WRONG, _TOO_LONG, _NOT_SENT, _NOT_RECEIVED, _BEHIND, _INTERRUPTED = (int(one) for one in Status)
@@ -139,13 +144,13 @@ MORE = -1  # of the functions that cut: more bytes are needed
 
 @compiled
 def _errno() -> int:
-    return numba.carray(_errno_location(), 1)[0]
+    return int(numba.carray(_errno_location(), 1)[0])
 
 
 @compiled
 def _now(clock: Integers, which: int) -> int:
     _clock_gettime(which, clock.ctypes.data)
-    return clock[0] * SECOND + clock[1]
+    return int(clock[0] * SECOND + clock[1])
 
 
 @compiled

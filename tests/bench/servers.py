@@ -41,6 +41,8 @@ class Servers:
     def __init__(self, folder: Path, model: Path, manifest: Manifest, frames: Floats, open_sessions: int, rivals: Sequence[Rival] = ()) -> None:
         self.folder = folder
         self._rivals = {rival.name: rival for rival in rivals}
+        self._dialects = DIALECTS | {rival.name: (rival.name, rival.dialect, False) for rival in rivals}
+        self._dialects |= {rival.whole: (rival.name, rival.clips, False) for rival in rivals}
         self.frames = frames
         self._models, self._model, self._manifest = folder / "models", model, manifest
         self._idle = open_sessions - ACTIVE
@@ -55,9 +57,7 @@ class Servers:
         self._stack.close()
 
     def dialect(self, who: str) -> Dialect:
-        if who in self._rivals:
-            return self._rivals[who].dialect(self.program(who).url, self.classes)
-        program, dialect, bare = DIALECTS[who]
+        program, dialect, bare = self._dialects[who]
         return dialect(self.program(program).url, self.classes, bare=bare)
 
     @property
@@ -67,7 +67,7 @@ class Servers:
     @property
     def known(self) -> set[str]:
         """Who can be asked."""
-        return {*DIALECTS, *self._rivals}
+        return set(self._dialects)
 
     @property
     def process_ids(self) -> list[int]:

@@ -26,6 +26,7 @@ from tests.bench.rivals.rival import RIVALS, Rival
 
 CORES = 2
 STREAMS = (1, 16, 64, 256)
+CLIENTS = (1, 16, 64)  # that send clips
 OURS = ("service", "infer", "steps")
 NOT_COMPARED = "Triton here is its core with the python backend over HTTP; its onnxruntime backend, in C++, and gRPC are not in the wheel that has it"
 
@@ -33,17 +34,18 @@ NOT_COMPARED = "Triton here is its core with the python backend over HTTP; its o
 def variants(rivals: list[Rival], pattern: str | None) -> list[Variant]:
     whole = [Variant(who, streams) for streams in STREAMS for who in (*OURS, *HAND_WRITTEN, *(rival.name for rival in rivals))]
     whole += [Variant(who, 64, 8) for who in ("service", "hand-written websocket")]
-    whole += [Variant(who, streams, CLIP) for streams in (1, 16, 64) for who in ("clips", "hand-written clips")]
+    whole += [Variant(who, streams, CLIP) for streams in CLIENTS for who in ("clips", "hand-written clips", *(rival.whole for rival in rivals))]
     return [variant for variant in whole if re.search(pattern or "", variant.name, re.IGNORECASE)]
 
 
-def table(report: Report) -> Table:
-    """Frames a second, and p99 in brackets: a row for each who, a column for each number of streams."""
-    columns = sorted({(variant.streams, variant.per_message) for variant in report.figures}, key=lambda one: (one[1], one[0]))
-    made = Table("frames/s (p99 ms)", title="medians over rounds")
+def table(report: Report, clips: bool) -> Table:
+    """Frames a second, and p99 in brackets: a row for each who, a column for each number of streams. For clips alone, or for all else."""
+    some = [variant for variant in report.figures if (variant.per_message == CLIP) == clips]
+    columns = sorted({(variant.streams, variant.per_message) for variant in some}, key=lambda one: (one[1], one[0]))
+    made = Table(f"{'clips of 64 frames' if clips else 'streams'}: frames/s (p99 ms)", title="medians over rounds")
     for streams, per_message in columns:
-        made.add_column(f"{streams}" + (f" x {per_message}" if per_message > 1 else ""), justify="right")
-    for who in dict.fromkeys(variant.who for variant in report.figures):
+        made.add_column(f"{streams}" + (f" x {per_message}" if per_message > 1 else ""), justify="right", no_wrap=True)
+    for who in dict.fromkeys(variant.who for variant in some):
         cells = []
         for streams, per_message in columns:
             variant = Variant(who, streams, per_message)
@@ -57,7 +59,7 @@ def installed(console: Console, pattern: str | None) -> list[Rival]:
     """Those that can be had, of those that `pattern` asks for."""
     have = []
     for rival in RIVALS:
-        if not any(re.search(pattern or "", Variant(rival.name, streams).name, re.IGNORECASE) for streams in STREAMS):
+        if not any(variant.who in (rival.name, rival.whole) for variant in variants([rival], pattern)):
             continue
         console.print(f"{rival.name}: {', '.join(rival.requirements)} ...", highlight=False)
         if reason := rival.install():
@@ -92,12 +94,12 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             bench = Bench(Path(stack.enter_context(tempfile.TemporaryDirectory())), args, stack, rivals)
-            bench.compare([(who, 16, 1) for who in dict.fromkeys(variant.who for variant in wanted if variant.per_message == 1)], report)
+            bench.compare(list(dict.fromkeys((one.who, 16, one.per_message) for one in wanted if one.per_message in (1, CLIP))), report)
             bench.rounds(wanted, report, console)
     except KeyboardInterrupt:
         stopped = True
     if report.figures:
-        console.print(table(report))
+        console.print(table(report, clips=False), table(report, clips=True))
     for name, reason in report.failures.items():
         console.print(f"{name} failed: {reason}", style="bold red", markup=False)
     for name, value in report.facts.items():

@@ -77,8 +77,8 @@ class Named(Dialect):
 
     path = "/"
 
-    def begin(self, name: int, shape: tuple[int, ...]) -> str:
-        """The body up to the frames."""
+    def begin(self, name: int) -> str:
+        """The body up to the frames. The name of a clip is 0."""
         raise NotImplementedError
 
     def frames(self, message: Floats) -> bytes:
@@ -88,7 +88,7 @@ class Named(Dialect):
     def open(self, count: int, first: Floats, bodies: Sequence[Body], stack: ExitStack) -> list[Stream]:
         streams = []
         for index in range(count):
-            wire, begin = stack.enter_context(Http(self.url, f"stream {index}")), self.begin(next(_names), first.shape).encode()
+            wire, begin = stack.enter_context(Http(self.url, f"stream {index}")), self.begin(0 if self.stateless else next(_names)).encode()
             head = wire.head("POST", self.path, Content_Type=JSON, Content_Length=str(len(begin) + len(bodies[0].data)))
             streams.append(Stream(wire, head + ENDS_HEAD + begin))
         return streams
@@ -105,8 +105,8 @@ class Named(Dialect):
 class LitServe(Named):
     path = "/predict"
 
-    def begin(self, name: int, shape: tuple[int, ...]) -> str:
-        return f'{{"stream":"{name}","frames":'
+    def begin(self, name: int) -> str:
+        return f'{{"stream":"{name or ""}","frames":'
 
 
 class BentoML(LitServe):
@@ -116,13 +116,13 @@ class BentoML(LitServe):
 class MLServer(Named):
     path = "/v2/models/bench/infer"
 
-    def begin(self, name: int, shape: tuple[int, ...]) -> str:
+    def begin(self, name: int) -> str:
         stream = {"name": "stream", "shape": [1, 1], "datatype": "INT64", "data": [name]}
-        frames = {"name": "frames", "shape": [1, *shape], "datatype": "FP32"}
-        return f'{{"inputs":[{json.dumps(stream)},{json.dumps(frames)[:-1]},"data":'
+        return f'{{"inputs":[{json.dumps(stream)},{{"name":"frames","datatype":"FP32",'
 
     def frames(self, message: Floats) -> bytes:
-        return orjson.dumps(message.ravel(), option=orjson.OPT_SERIALIZE_NUMPY) + b"}]}"
+        data = orjson.dumps(message.ravel(), option=orjson.OPT_SERIALIZE_NUMPY)
+        return b'"shape":%b,"data":%b}]}' % (orjson.dumps([1, *message.shape]), data)
 
     def _scores(self, answer: bytes, frames: int) -> Floats:
         outputs: list[dict[str, Any]] = read_object(answer).get("outputs", [{}])
@@ -134,3 +134,22 @@ class Triton(SequenceSteps):
 
     def _scores(self, answer: bytes, frames: int) -> Floats:
         return Dialect._scores(self, answer, frames)
+
+
+class LitServeClips(LitServe):
+    stateless = True
+
+
+class BentoMLClips(BentoML):
+    stateless = True
+
+
+class MLServerClips(MLServer):
+    stateless = True
+
+
+class TritonClips(Triton):
+    """A sequence of one request, which is its first and its last."""
+
+    stateless = True
+    opening = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.bench import programs
 from tests.bench.dialects import Dialect
 from tests.bench.programs import Program
-from tests.bench.rivals.dialects import BentoML, LitServe, MLServer, Triton
+from tests.bench.rivals.dialects import BentoML, BentoMLClips, LitServe, LitServeClips, MLServer, MLServerClips, Triton, TritonClips
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = programs.ROOT / "build" / "rivals"
@@ -30,12 +30,21 @@ Command = Callable[["Rival", Path, Path], tuple[list[str], str, dict[str, str]]]
 
 @dataclass(frozen=True)
 class Rival:
-    """`command` makes (command line, path that answers 200 when it is ready, environment) from the model's file and a folder of its own."""
+    """`dialect` sends it streams, `clips` whole clips.
+
+    `command` makes, from the model's file and a folder of its own, a command line, the path that answers 200 when it is ready, and an environment.
+    """
 
     name: str
     requirements: tuple[str, ...]
     dialect: type[Dialect]
+    clips: type[Dialect]
     command: Command
+
+    @property
+    def whole(self) -> str:
+        """Who is asked for clips."""
+        return f"{self.name} clips"
 
     @property
     def environment(self) -> Path:
@@ -101,7 +110,10 @@ parameters {{ key: "model_file" value {{ string_value: "{model}" }} }}
 sequence_batching {{
   max_sequence_idle_microseconds: 600000000
   oldest {{ max_candidate_sequences: 4096 max_queue_delay_microseconds: 0 }}
-  control_input [{{ name: "CORRID" control [{{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT64 }}] }}]
+  control_input [
+    {{ name: "CORRID" control [{{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT64 }}] }},
+    {{ name: "START" control [{{ kind: CONTROL_SEQUENCE_START fp32_false_true: [0, 1] }}] }}
+  ]
 }}
 """
 
@@ -128,8 +140,8 @@ def _triton(rival: Rival, model: Path, folder: Path) -> tuple[list[str], str, di
 
 # Versions as they were when this was written; Triton's backend of that release does not understand numpy 2.
 RIVALS = (
-    Rival("Triton", ("nvidia-pytriton==0.7.0", "onnxruntime==1.32.0", "numpy==1.26.4"), Triton, _triton),
-    Rival("LitServe", ("litserve==0.2.19", "onnxruntime==1.32.0"), LitServe, _litserve),
-    Rival("MLServer", ("mlserver==1.7.1", "onnxruntime==1.32.0"), MLServer, _mlserver),
-    Rival("BentoML", ("bentoml==1.4.39", "onnxruntime==1.32.0"), BentoML, _bentoml),
+    Rival("Triton", ("nvidia-pytriton==0.7.0", "onnxruntime==1.32.0", "numpy==1.26.4"), Triton, TritonClips, _triton),
+    Rival("LitServe", ("litserve==0.2.19", "onnxruntime==1.32.0"), LitServe, LitServeClips, _litserve),
+    Rival("MLServer", ("mlserver==1.7.1", "onnxruntime==1.32.0"), MLServer, MLServerClips, _mlserver),
+    Rival("BentoML", ("bentoml==1.4.39", "onnxruntime==1.32.0"), BentoML, BentoMLClips, _bentoml),
 )

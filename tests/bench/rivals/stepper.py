@@ -23,9 +23,15 @@ class Stepper:
         self._states: dict[Hashable, Floats] = {}
 
     def step(self, streams: Sequence[Hashable], frames: Floats) -> Floats:
-        """frames (streams, time, ...) -> scores (streams, classes) of the last frame of each; a stream that is new begins at zero."""
+        """frames (streams, time, ...) -> scores (streams, classes) of the last frame of each.
+
+        A stream that is new begins at zero; one whose name is empty or 0 is a clip, which always does.
+        """
         state = np.stack([self._states.get(stream, self._start) for stream in streams])
         lengths = np.full(len(frames), frames.shape[1], np.int64)
         scores, state = self._session.run(["scores", "next_state"], {"frames": frames, "lengths": lengths, "state": state})
-        self._states.update(zip(streams, state, strict=True))
+        self._states.update((stream, row) for stream, row in zip(streams, state, strict=True) if stream)
         return scores[:, -1]
+
+    def forget(self, stream: Hashable) -> None:
+        self._states.pop(stream, None)

@@ -1,4 +1,4 @@
-"""Triton's python backend: steps of sequences that its sequence batcher has made a batch of; their ids come as a control input."""
+"""Triton's python backend: steps of sequences that its sequence batcher has made a batch of; their ids and beginnings come as control inputs."""
 
 from __future__ import annotations
 
@@ -24,5 +24,8 @@ class TritonPythonModel:
             return backend.get_input_tensor_by_name(request, name).as_numpy()
 
         streams = [int(array(request, "CORRID").ravel()[0]) for request in requests]
+        for request, stream in zip(requests, streams, strict=True):
+            if array(request, "START").any():
+                self.stepper.forget(stream)
         scores = self.stepper.step(streams, np.concatenate([array(request, "frames") for request in requests]))
         return [backend.InferenceResponse([backend.Tensor("scores", row[None, None])]) for row in scores]
