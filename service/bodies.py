@@ -15,6 +15,7 @@ from service.protocol import check_fields, read_object
 _JSON = ("application/json", "", "application/x-www-form-urlencoded")  # the last is what curl -d says when nobody tells it better
 _RAW = ("application/octet-stream",)
 _NPY = ("application/x-npy", "application/npy", "application/x-numpy")
+KINDS = (*_JSON, *_RAW, *_NPY)  # of bodies that carry frames
 
 
 def headers_of(request: Request) -> dict[bytes, bytes]:
@@ -24,7 +25,7 @@ def headers_of(request: Request) -> dict[bytes, bytes]:
 
 def media_type(request: Request) -> str:
     """What the body is said to be, in lower case and without parameters; "" where nothing is said."""
-    return _media_type(headers_of(request))
+    return media_type_of(headers_of(request))
 
 
 async def read_body(request: Request, limit: int, headers: Mapping[bytes, bytes] | None = None) -> bytes:
@@ -55,12 +56,16 @@ async def read_frames_body(request: Request, limit: int, required: tuple[str, ..
     encoding = headers.get(b"content-encoding", b"identity")
     if encoding.lower() != b"identity":
         raise Malformed(f"content-encoding {encoding.decode('latin-1')!r:.60} is not supported: send the body as it is")
-    kind = _media_type(headers)
-    if kind not in (*_JSON, *_RAW, *_NPY):
+    kind = media_type_of(headers)
+    if kind not in KINDS:
         raise Malformed(
             f"content-type {kind!r:.60} is not supported; send application/json, application/octet-stream (float32, little-endian) or application/x-npy"
         )
-    body = await read_body(request, limit, headers)
+    return frames_of(kind, await read_body(request, limit, headers), required, optional)
+
+
+def frames_of(kind: str, body: bytes, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> tuple[Payload, dict[str, Any]]:
+    """As `read_frames_body`, for a whole body whose media type is known to be one that is read."""
     if kind in _JSON:
         fields = read_json(body, ("frames", *required), optional)
         literals = b"u" in body or b"l" in body  # letters of true, false and null that are in none of the names
@@ -78,7 +83,7 @@ def read_json(body: bytes, required: tuple[str, ...], optional: tuple[str, ...] 
     return fields
 
 
-def _media_type(headers: Mapping[bytes, bytes]) -> str:
+def media_type_of(headers: Mapping[bytes, bytes]) -> str:
     return headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
 
 

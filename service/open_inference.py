@@ -31,7 +31,7 @@ router = APIRouter(tags=["open inference"])
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 _LARGE = 2**20  # bytes; bodies above are read and written in a thread, so that the event loop goes on
-_LENGTH = b"inference-header-content-length"
+LENGTH = b"inference-header-content-length"
 _BODY = {"requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}}
 _INFER_BODY = {
     "requestBody": {
@@ -131,12 +131,12 @@ async def infer(request: Request) -> Response:
         _runner(request)  # raises: an unknown model is said before a long body is read
     headers, limit = headers_of(request), settings_of(request).body_bytes
     body = await read_body(request, limit, headers)
-    encoding, announced = headers.get(b"content-encoding", b"").decode("latin-1"), headers.get(_LENGTH)
+    encoding, announced = headers.get(b"content-encoding", b"").decode("latin-1"), headers.get(LENGTH)
     length = None if announced is None else announced.decode("latin-1")
     if length is not None and not encoding and len(body) <= _LARGE:
-        written = await _fly(request, headers, body, length)
-        if written is not None:
-            return await _write(headers, *written) if b"accept-encoding" in headers else _written(*written)
+        answer = await _fly(request, headers, body, length)
+        if answer is not None:
+            return await _write(headers, *answer) if b"accept-encoding" in headers else written(*answer)
     asked, size = await _read(body, encoding, length, limit)
     _check_origin(request, headers, asked.step)
     name = request.path_params["name"]
@@ -180,15 +180,16 @@ async def _write(asked: Mapping[bytes, bytes], body: bytes, length: int | None) 
     """Compressed only where just one encoding is asked for: some clients name what they cannot read."""
     encoding = asked.get(b"accept-encoding", b"").decode("latin-1")
     if encoding not in ENCODINGS:
-        return _written(body, length)
+        return written(body, length)
     body = await asyncio.to_thread(deflate, body, encoding) if len(body) > _LARGE else deflate(body, encoding)
-    return _written(body, length, (b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding"))
+    return written(body, length, (b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding"))
 
 
-def _written(body: bytes, length: int | None, *headers: tuple[bytes, bytes]) -> Response:
+def written(body: bytes, length: int | None, *headers: tuple[bytes, bytes]) -> Response:
+    """The answer to an inference; `length` is that of the JSON in it where bytes follow."""
     if length is None:
         return Ready(body, b"application/json", headers)
-    return Ready(body, b"application/octet-stream", ((_LENGTH, b"%d" % length), *headers))
+    return Ready(body, b"application/octet-stream", ((LENGTH, b"%d" % length), *headers))
 
 
 # The model repository

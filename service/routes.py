@@ -127,7 +127,7 @@ async def _predict(request: Request, asked: _Clip) -> Response:
     predictor.runner(name, version)  # an unknown model is said before a long body is read
     payload, fields = await read_frames_body(request, settings_of(request).body_bytes, (), ("t",))
     payload.t = fields.get("t")
-    return _answer(await predictor.predict(name, version, payload, _options(options, _DEFAULTS)))
+    return answer_response(await predictor.predict(name, version, payload, chosen_options(options, _DEFAULTS)))
 
 
 @router.post(
@@ -147,7 +147,7 @@ async def open_session(request: Request, name: str, query: Annotated[schemas.Str
     predictor = predictor_of(request)
     if media_type(request) == "application/octet-stream":
         return await _restore(request, name, query)
-    options, version = _options(_given(query), _DEFAULTS), query.version
+    options, version = chosen_options(_given(query), _DEFAULTS), query.version
     if body := await read_body(request, 64 * 1024):
         fields = read_json(body, (), ("version", *NAMES))
         version = _version(fields.pop("version", None)) or version
@@ -194,12 +194,12 @@ async def _step(request: Request, asked: _Frames) -> Response:
     asked_first = first
 
     async def work(session: Session) -> Answer:
-        answer = await steps.advance(predictor, session, asked_first, payload, _options(options, session.options))
+        answer = await steps.advance(predictor, session, asked_first, payload, chosen_options(options, session.options))
         if ack is not None:
             predictor.acknowledge(session, ack)
         return answer
 
-    return _said(predictor, _answer(await predictor.through(session_id, work)))
+    return _said(predictor, answer_response(await predictor.through(session_id, work)))
 
 
 @router.post(
@@ -355,7 +355,8 @@ def _given(query: BaseModel) -> _Given:
     return tuple(query.model_dump(include=set(NAMES), exclude_none=True).items())
 
 
-def _options(given: _Given, base: Options) -> Options:
+def chosen_options(given: _Given, base: Options) -> Options:
+    """`base` with what the query names on top; raises `Malformed`."""
     return _changed(given, base) if given else base
 
 
@@ -423,7 +424,8 @@ def _version(value: Any) -> str | None:
     return value
 
 
-def _answer(answer: Answer) -> Response:
+def answer_response(answer: Answer) -> Response:
+    """An answer in the form that its options ask for."""
     if answer.options.answers == "binary":
         return Ready(answer.to_binary(), b"application/octet-stream")
     return Ready(answer.to_json())

@@ -80,14 +80,25 @@ class Sequences:
         """As `step`, for raw frames (1, count, ...) of a sequence that is under way and does not end. None where there is more to it than that, and `step`
         is to be asked; nothing has happened then.
         """
-        session = self._live(model, step.sequence)
-        if session is None or version not in (None, session.version) or self._predictor.reader(session).shape != shape[2:]:
+        session = self._fitting(model, version, step, shape)
+        if session is None:
             return None
-        first = session.next_frame if step.first is None else step.first
-        flight = await steps.fly(self._predictor, session, first, Payload("raw", bytes(frames), len(frames)), _OPTIONS)
+        flight = await steps.fly(self._predictor, session, _first(session, step), _raw(frames), _OPTIONS)
         if flight is None or (self._predictor.keeper is not None and not await self._saved(self._predictor.keeper, session)):
             return None
         return session, flight
+
+    def prepare(self, model: str, version: str | None, step: Step, shape: tuple[int, ...], frames: memoryview) -> steps.Departure | None:
+        """As `fly`, up to where the frames go to the model."""
+        session = self._fitting(model, version, step, shape)
+        return None if session is None else steps.prepare(self._predictor, session, _first(session, step), _raw(frames), _OPTIONS)
+
+    def _fitting(self, model: str, version: str | None, step: Step, shape: tuple[int, ...]) -> Session | None:
+        """The session of a sequence that is under way on this version, if its client's frames have this shape."""
+        session = self._live(model, step.sequence)
+        if session is None or version not in (None, session.version) or self._predictor.reader(session).shape != shape[2:]:
+            return None
+        return session
 
     async def _take_up(self, keeper: Keeper, model: str, sequence: int | str) -> None:
         """Makes a sequence that another process has served live here."""
@@ -166,6 +177,14 @@ class Sequences:
             except SessionNotFound:
                 continue
         return SequenceNotFound(_must_start(model, sequence))
+
+
+def _first(session: Session, step: Step) -> int:
+    return session.next_frame if step.first is None else step.first
+
+
+def _raw(frames: memoryview) -> Payload:
+    return Payload("raw", bytes(frames), len(frames))  # a copy: behind JSON of any length they are not where numbers can be read
 
 
 def _must_start(model: str, sequence: int | str) -> str:

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from service.app import create_app
 from service.catalog import SHIPPED, Catalog
+from service.direct import Direct
 from service.errors import StartupError, StoreUnavailable
 from service.grpc_server import GrpcServer
 from service.metrics import Metrics
@@ -49,7 +50,7 @@ def serve(settings: Settings) -> None:
         config = uvicorn.Config(
             app,
             loop="uvloop",
-            http="httptools",
+            http=Direct,
             ws=Upgrade,
             ws_max_size=settings.message_bytes,
             ws_per_message_deflate=False,

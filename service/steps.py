@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from service import notes
 from service.errors import ServiceError
 from service.frames import Payload
 from service.options import Options
-from service.predictor import Flight, Predictor
+from service.predictor import Flight, Landed, Predictor
 from service.protocol import Answer
 from service.runner import Suspect
 from service.sessions import Session
@@ -27,19 +28,9 @@ async def advance(predictor: Predictor, session: Session, first: int, payload: P
 
 async def fly(predictor: Predictor, session: Session, first: int, payload: Payload, options: Options) -> Flight | None:
     """Runs frames that are next in turn. None where there is more to it than that, and `Predictor.advance` is to be asked: nothing has happened then."""
-    if session.ended is not None or session.queued or first != session.next_frame or payload.t is not None or payload.size > _LARGE:
+    departure = prepare(predictor, session, first, payload, options)
+    if departure is None:
         return None
-    reader = predictor.reader(session)
-    unread = payload.form == "raw" and reader.raw_bytes > 0
-    if unread:
-        frames, count = memoryview(payload.value), len(payload.value) // reader.raw_bytes
-    else:
-        try:
-            read = payload.read(reader, first)
-        except ServiceError:  # perhaps not the first thing that is wrong
-            return None
-        frames, count = read.data.cast("B"), len(read)
-    notes.note(session=session)
     future: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
     flights: list[Flight] = []
 
@@ -48,7 +39,7 @@ async def fly(predictor: Predictor, session: Session, first: int, payload: Paylo
         if not future.done():  # else the caller has left
             future.set_result(error)
 
-    if not predictor.launch(session, first, count, frames, options, None, landed, read=not unread):
+    if not departure.launch(landed):
         return None
     error = await future
     if error is None:
@@ -56,3 +47,35 @@ async def fly(predictor: Predictor, session: Session, first: int, payload: Paylo
     if isinstance(error, Suspect):
         return None
     raise error
+
+
+@dataclass(slots=True)
+class Departure:
+    """Frames that are ready to go to the model."""
+
+    predictor: Predictor
+    session: Session
+    first: int
+    count: int
+    frames: memoryview
+    read: bool
+    options: Options
+
+    def launch(self, landed: Landed) -> bool:
+        """What `Predictor.launch` says."""
+        notes.note(session=self.session)
+        return self.predictor.launch(self.session, self.first, self.count, self.frames, self.options, None, landed, read=self.read)
+
+
+def prepare(predictor: Predictor, session: Session, first: int, payload: Payload, options: Options) -> Departure | None:
+    """Reads frames that are next in turn, if that is all there is to it."""
+    if session.ended is not None or session.queued or first != session.next_frame or payload.t is not None or payload.size > _LARGE:
+        return None
+    reader = predictor.reader(session)
+    if payload.form == "raw" and reader.raw_bytes > 0:
+        return Departure(predictor, session, first, len(payload.value) // reader.raw_bytes, memoryview(payload.value), False, options)
+    try:
+        frames = payload.read(reader, first)
+    except ServiceError:  # perhaps not the first thing that is wrong
+        return None
+    return Departure(predictor, session, first, len(frames), frames.data.cast("B"), True, options)
