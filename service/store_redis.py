@@ -8,9 +8,9 @@ A session is one hash, `indrnn:{digest of its id}`; the braces keep all that may
 `service.store` is one script on the server, which compares and writes in one step. A batch is one round trip (of a Cluster: one to each node, together).
 
 `memory`: the server's process has run the script. With an append-only file (`appendonly yes`) it was also written to that file, so a crash of the process
-loses nothing and one of its machine the latest second; without, all. `fsynced` waits for the disk (WAITAOF), which takes as long as the server's
-`appendfsync` lets it: up to a second for `everysec`, a disk's write for `always`. `replicated` waits for one replica's memory (WAIT). A failover to
-another replica, or of `memory` and `fsynced` to one that lagged, loses what that replica had not got; those who serve the sessions then write it again.
+loses nothing and one of its machine the latest second; without, all. `fsynced` waits for the disk (WAITAOF) and asks for `appendfsync always`, without
+which that word cannot be believed. `replicated` waits for one replica's memory (WAIT). A failover to another replica, or of `memory` and `fsynced` to one
+that lagged, loses what that replica had not got; those who serve the sessions then write it again.
 Eviction would lose sessions without a word: leave `maxmemory-policy` at `noeviction`.
 """
 

@@ -167,10 +167,23 @@ class Server:
             raise Unfit(f"{name} is a replica, which takes no writes: name the primary, or the Sentinels")
         if self._settings.durability == "fsynced" and not info.get("aof_enabled"):
             raise Unfit(f"{name} keeps no append-only file, so nothing can be fsynced: set appendonly yes there, or ask for durability memory")
+        if self._settings.durability == "fsynced":
+            await self._check_fsync(name)
         if "noeviction" not in str(info.get("maxmemory_policy", "noeviction")):
             log.warning("the store may drop sessions when its memory is full; set maxmemory-policy noeviction there", store=self._where)
         await self._load_scripts()
         self._fit = True
+
+    async def _check_fsync(self, name: str) -> None:
+        """WAITAOF is to be believed only with `appendfsync always`: Valkey (seen in 8.1) and older Redis say with `everysec` that it is on the disk when
+        it is not."""
+        try:
+            found = await cast("Awaitable[dict[str, str]]", self._client.config_get("appendfsync"))
+        except ResponseError:  # hosted servers forbid it
+            log.warning("the store does not tell its appendfsync; fsynced is to be believed only where that is always", store=self._where)
+            return
+        if (told := found.get("appendfsync")) != "always":
+            raise Unfit(f"{name} has appendfsync {told}, with which it confirms what is not on its disk yet: set appendfsync always, or ask for memory")
 
     async def _load_scripts(self) -> None:
         pipe = self._client.pipeline(transaction=False)

@@ -280,6 +280,9 @@ def test_fsynced_is_said_when_it_is_on_the_disk(tmp_path: Path) -> None:
     with running(tmp_path, *AOF, "--appendfsync", "everysec") as server:
 
         async def scenario(store: RedisStore) -> None:
+            with pytest.raises(StartupError, match="appendfsync everysec, with which it confirms what is not on its disk"):
+                await store.start()
+            assert server.cli("CONFIG", "SET", "appendfsync", "always") == "+OK\r\n"
             await store.attach("s")
             assert await store.save([at(3)]) == [SAVED]
             assert server.cli("CONFIG", "SET", "appendfsync", "no") == "+OK\r\n"  # whenever the system likes: half a minute
