@@ -4,7 +4,8 @@ The event loop forms batches and takes them apart; a thread does nothing but run
 written and messages read while the next batch runs: where enough work is ready, a second batch waits at the thread's door, and the model does not
 stand still while the event loop is busy.
 
-Going through the thread costs as much as a short step of a model. So work that is alone, and short as the last run shows, runs on the event loop itself.
+Going through the thread costs as much as a short step of a model. So work that is alone, and short as the latest runs show, runs on the event loop itself.
+How long a run takes here and how long there are two things: the thread wakes on another core, whose caches have nothing of the model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ MOST_PADDED = 1024  # rows x steps of a batch, for the same reason
 WASTE = 1.5  # padded size over real frames
 AHEAD = 16  # jobs that are worth a batch of their own while another is running; fewer wait for more
 INLINE_S = 0.0003  # longest run that may hold up the event loop
+TRIED = 3.0  # times as long it may take on the thread to be tried on the event loop now and then
+AGAIN = 64  # runs on the thread between two such tries
 LOOK_S = 0.05  # how often those that wait are looked at for deadlines that have passed
 
 log = structlog.get_logger("batcher")
@@ -108,7 +111,9 @@ class Batcher:
         self._due = False  # whether `_pump` will be called
         self._watch: asyncio.TimerHandle | None = None
         self._stopping = False
-        self._frame_alone_s = math.inf  # seconds per frame of the last run, if it had one row
+        self._here_s = math.inf  # seconds per frame of runs of one row on the event loop, the latest count most
+        self._there_s = math.inf  # of the last such run on the thread
+        self._untried = AGAIN  # runs on the thread since one was tried here
         self.waiting = 0  # jobs that are not done
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -195,15 +200,28 @@ class Batcher:
         except Exception as error:
             return self._settle([(job, error) for job in jobs])
         alone = len(jobs) == 1 and not self._flying and not self._line
-        if alone and jobs[0].frames * self._frame_alone_s < INLINE_S:
+        if alone and self._may_run_here(jobs[0].frames):
             self._run(batch)
+            frame_s = batch.seconds / steps
+            self._here_s = frame_s if self._here_s == math.inf else 0.75 * self._here_s + 0.25 * frame_s
             return self._take_apart(batch)
         self._flying += 1
         self._aboard.update(job.stream for job in jobs)
         self._inbox.put(batch)
 
+    def _may_run_here(self, frames: int) -> bool:
+        if frames * self._here_s < INLINE_S:
+            return True
+        self._untried += 1
+        if self._untried < AGAIN or frames * self._there_s > TRIED * INLINE_S:
+            return False
+        self._untried, self._here_s = 0, math.inf
+        return True
+
     def _land(self, batch: _Batch) -> None:
         """A batch is back from the thread."""
+        if len(batch.jobs) == 1:
+            self._there_s = batch.seconds / batch.steps
         self._flying -= 1
         self._aboard.difference_update([job.stream for job in batch.jobs])
         self._landed.set()
@@ -211,7 +229,6 @@ class Batcher:
 
     def _take_apart(self, batch: _Batch) -> None:
         jobs, error = batch.jobs, batch.error
-        self._frame_alone_s = batch.seconds / batch.steps if len(jobs) == 1 else math.inf
         outcomes: Sequence[Exception | None] = ()
         if error is None:
             try:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import INLINE_S, MOST_STEPS, WASTE, Awaited, Batcher, form_batch
+from service.batcher import AGAIN, INLINE_S, MOST_STEPS, WASTE, Awaited, Batcher, form_batch
 from service.errors import Deadline, Draining, Overloaded
 
 
@@ -255,25 +255,55 @@ def test_work_that_is_alone_and_short_runs_on_the_event_loop() -> None:
 
     async def scenario(batcher: Batcher) -> None:
         nonlocal pause
+        batcher._untried = -100  # nothing is tried
         await together(batcher, 1)  # nothing is known yet
-        batcher._frame_alone_s = INLINE_S / 4  # whatever this machine measured
+        batcher._here_s = INLINE_S / 4  # whatever this machine measured
         await together(batcher, 3)
-        batcher._frame_alone_s = INLINE_S / 4
+        batcher._here_s = INLINE_S / 4
         await together(batcher, 4)  # too long
-        pause = 2 * INLINE_S
-        batcher._frame_alone_s = 0.0
+        pause = 20 * INLINE_S
+        batcher._here_s = 0.0
         await together(batcher, 1)  # was not short after all
         await together(batcher, 1)
-        pause, batcher._frame_alone_s = 0.0, 0.0
+        pause, batcher._here_s = 0.0, 0.0
         await together(batcher, 1, 1)
-        await together(batcher, 1)  # the last one was not alone
-        batcher._frame_alone_s = 0.0
+        await together(batcher, 1)
+        batcher._here_s = 0.0
         await together(batcher, MOST_STEPS + 1)  # in two slices
 
     with_batcher(scenario, step)
     inline = [inline for _, inline in batches]
-    assert inline == [False, True, False, True, False, False, False, True, True]
+    assert inline == [False, True, False, True, False, False, True, True, True]
     assert batches[5][0] == [1, 2]
+
+
+def test_work_that_might_be_short_is_tried_on_the_event_loop_now_and_then() -> None:
+    here: list[bool] = []
+    pause = 2 * INLINE_S
+
+    def step(works: Sequence[Toy], steps: int) -> list[Exception | None]:
+        here.append(threading.current_thread() is threading.main_thread())
+        time.sleep(pause)
+        return [None]
+
+    async def scenario(batcher: Batcher) -> None:
+        for _ in range(2 * AGAIN):
+            batcher._there_s = 2 * INLINE_S
+            await ask(batcher, 1, 1)
+
+    with_batcher(scenario, step)
+    assert 1 <= sum(here) <= 3, "once in a while, as it is never short"
+    here.clear()
+    pause = 0.0
+
+    async def fast(batcher: Batcher) -> None:
+        for _ in range(AGAIN):
+            batcher._there_s = 2 * INLINE_S
+            await ask(batcher, 1, 1)
+            batcher._here_s = min(batcher._here_s, INLINE_S / 2)  # what a noisy machine makes of nothing
+
+    with_batcher(fast, step)
+    assert sum(here) >= AGAIN - 1, "short, as it turned out"
 
 
 def test_a_failure_on_the_event_loop_is_its_callers() -> None:
@@ -283,7 +313,7 @@ def test_a_failure_on_the_event_loop_is_its_callers() -> None:
 
     async def scenario(batcher: Batcher) -> None:
         for _ in range(2):
-            batcher._frame_alone_s = 0.0
+            batcher._here_s = 0.0
             with pytest.raises(RuntimeError, match="the whole batch"):
                 await ask(batcher, 1, 1)
 
