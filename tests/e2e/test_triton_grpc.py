@@ -726,6 +726,24 @@ def test_at_the_end_what_was_read_is_answered(models: Path, tmp_path: Path) -> N
         assert "failed" not in server.errors()
 
 
+def test_a_sequence_outlives_the_process_that_serves_it(server: Server, models: Path, tmp_path: Path) -> None:
+    """On a store: every answered step is kept, and another process goes on after a kill without warning; over a stream of requests, too."""
+    expected, found = whole(server), []
+    store = {"INDRNN_STORE": f"sqlite://{tmp_path / 'sessions'}"}
+    cut = steps(CLIP, "kept", 5)
+    with serving(models, tmp_path / "first", **store) as (first, address):
+        with triton_grpc.InferenceServerClient(address) as client:
+            found += [client.infer(**one) for one in cut[:3]]
+        first.process.kill()
+        first.process.wait(20)
+    with serving(models, tmp_path / "second", **store) as (_, address):
+        client = Blocking(address)
+        found += client.stream(cut[3:6])
+        found += [client.infer(**one) for one in cut[6:]]
+        client.close()
+    assert np.concatenate([one.as_numpy("scores")[0] for one in found]).tobytes() == expected.tobytes()
+
+
 # Limits, tokens, figures, start
 
 
