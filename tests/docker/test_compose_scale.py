@@ -1,0 +1,288 @@
+"""What people get from compose.scale.yaml: streams go on, with the same bits, whatever happens to the replica that serves them or to the store."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from service.client import Client
+from tests.docker.compose_stack import ROOT, Stack, bare_environment, free_port, need, need_image, run
+from tests.docker.test_balancers import HAPROXY, NGINX, PROMETHEUS, SCALED, VALKEY
+
+MODEL = "rehab-exercises"
+FRAMES, AT, RATE = 240, 80, 60.0  # of a stream, before what happens to it, a second
+STALL_S = 10.0  # on a machine with other work; the report says what it was
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(600)]
+
+Frames = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    need("docker", "compose", "version")
+    images = {
+        "VALKEY_IMAGE": need_image("VALKEY_IMAGE", *VALKEY),
+        "HAPROXY_IMAGE": need_image("HAPROXY_IMAGE", *HAPROXY),
+        "PROMETHEUS_IMAGE": need_image("PROMETHEUS_IMAGE", *PROMETHEUS),
+    }
+    port, watch = free_port(), free_port()
+    environment = {**bare_environment(), **images, "INDRNN_PORT": str(port), "PROMETHEUS_PORT": str(watch), "REPLICAS": "3", "INDRNN_DRAIN_S": "3"}
+    started = Stack(f"indrnn-scale-{secrets.token_hex(4)}", environment, f"http://127.0.0.1:{port}", "", SCALED)
+    try:
+        started.compose("--profile", "watch", "up", "--build", "--detach", "indrnn", "valkey", "haproxy", "prometheus", timeout_s=500)
+        started.wait_until_healthy(3)
+        wait_for(lambda: ready_servers(started) == 3, "HAProxy sees three replicas")
+        yield started
+    finally:
+        started.compose("--profile", "watch", "down", "--volumes", "--remove-orphans", "--timeout", "3", timeout_s=120)
+
+
+def wait_for(true: Callable[[], bool], what: str, within_s: float = 30) -> None:
+    end = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end, f"not within {within_s:.0f} s: {what}"
+        time.sleep(0.2)
+
+
+def address(container: dict[str, Any]) -> str:
+    [found] = [network["IPAddress"] for name, network in container["NetworkSettings"]["Networks"].items() if name.endswith("_front")]
+    return str(found)
+
+
+def ready_servers(stack: Stack) -> int:
+    """As HAProxy counts them."""
+    [container] = stack.containers("haproxy")
+    lines = httpx.get(f"http://{address(container)}:8404/metrics").text.splitlines()
+    return sum(line.startswith('haproxy_server_status{proxy="streams"') and 'state="UP"' in line and line.endswith(" 1") for line in lines)
+
+
+def figure(container: dict[str, Any], name: str) -> int:
+    """0 where the container does not answer."""
+    try:
+        lines = httpx.get(f"http://{address(container)}:8000/metrics", timeout=2).text.splitlines()
+    except httpx.TransportError:
+        return 0
+    [value] = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
+    return int(float(value))
+
+
+def running(stack: Stack) -> list[dict[str, Any]]:
+    return [container for container in stack.containers() if container["State"]["Status"] == "running"]
+
+
+def serving(stack: Stack) -> str:
+    """The container that has the only stream."""
+    [found] = [container["Id"] for container in running(stack) if figure(container, "indrnn_sockets_live")]
+    return str(found)
+
+
+def taken_up(stack: Stack, but: Sequence[str] = ()) -> int:
+    """Sessions that went on at a replica which had not begun them."""
+    return sum(figure(container, "indrnn_sessions_taken_up_total") for container in running(stack) if container["Id"] not in but)
+
+
+@dataclass
+class Told:
+    """What a client of a stream heard."""
+
+    frames: list[int]
+    scores: Frames
+    stall_s: float
+
+
+def play(stack: Stack, clip: Frames, happens: Callable[[], None] | None = None) -> Told:
+    """Streams the clip at its rate; `happens` in the middle, beside it."""
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            assert happens is not None
+            happens()
+        except BaseException as error:  # pytest.fail's is none of Exception
+            failures.append(error)
+
+    beside = threading.Thread(target=guarded)
+
+    def camera() -> Iterator[Frames]:
+        for number in range(len(clip)):
+            if number == AT and happens is not None:
+                beside.start()
+            time.sleep(1 / RATE)
+            yield clip[number : number + 1]
+
+    frames, scores, stall_s = [], [], 0.0
+    with Client(stack.url) as client, client.stream(MODEL) as stream:
+        last = time.monotonic()
+        for answer in stream.play(camera()):
+            now = time.monotonic()
+            stall_s, last = max(stall_s, now - last), now
+            frames.append(answer.frame)
+            assert answer.scores is not None
+            scores.append(answer.scores)
+        if happens is not None:
+            beside.join(60)
+    assert not failures, failures
+    return Told(frames, np.stack(scores), stall_s)
+
+
+@pytest.fixture(scope="module")
+def clip() -> Frames:
+    recorded = json.loads((ROOT / "service" / "samples" / MODEL / "deep-squat.json").read_text())["frames"]
+    frames = np.asarray(recorded, np.float32)
+    return np.tile(frames, (FRAMES // len(frames) + 1, *[1] * (frames.ndim - 1)))[:FRAMES]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stack: Stack, clip: Frames) -> Told:
+    return play(stack, clip)
+
+
+def check(told: Told, undisturbed: Told, what: str) -> None:
+    print(f"{what}: stall {told.stall_s:.2f} s, undisturbed {undisturbed.stall_s:.2f} s")
+    assert told.frames == list(range(FRAMES))  # each once, none lost
+    np.testing.assert_array_equal(told.scores, undisturbed.scores)
+    assert told.stall_s < STALL_S
+
+
+def test_a_stream_through_the_balancer_says_what_a_clip_says(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    with Client(stack.url) as client:
+        whole = client.predict(MODEL, clip)
+    assert undisturbed.frames == list(range(FRAMES))
+    np.testing.assert_array_equal(undisturbed.scores[-1], whole.scores)
+
+
+def test_steps_of_a_session_may_go_to_any_replica(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    """Round the balancer, each step to the next replica: none has seen the step before."""
+    replicas = [f"http://{address(container)}:8000" for container in stack.containers()]
+    assert len(replicas) == 3
+    with httpx.Client(timeout=30) as http:
+        session = http.post(f"{stack.url}/v1/models/{MODEL}/sessions").json()["session"]
+        for number, first in enumerate(range(0, 90, 10)):
+            body = clip[first : first + 10].tobytes()
+            url = f"{replicas[number % 3]}/v1/sessions/{session}/frames?first={first}&scores=all"
+            answer = http.post(url, content=body, headers={"content-type": "application/octet-stream"})
+            assert answer.status_code == 200, answer.text
+            np.testing.assert_array_equal(np.asarray(answer.json()["scores"], np.float32), undisturbed.scores[first : first + 10])
+
+
+def test_the_replica_that_serves_a_stream_is_killed(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    killed: list[str] = []
+
+    def kill() -> None:
+        killed.append(serving(stack))
+        run(["docker", "kill", "--signal", "KILL", killed[0]])
+
+    try:
+        check(play(stack, clip, kill), undisturbed, "killed")
+        assert taken_up(stack, but=killed) > 0
+    finally:
+        stack.compose("start", "indrnn")
+        stack.wait_until_healthy(3)
+
+
+def test_the_replica_that_serves_a_stream_is_stopped(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    stopped: list[str] = []
+
+    def stop() -> None:
+        stopped.append(serving(stack))
+        run(["docker", "stop", "--time", "15", stopped[0]])
+
+    try:
+        check(play(stack, clip, stop), undisturbed, "stopped")
+        assert taken_up(stack, but=stopped) > 0
+        [state] = [container["State"] for container in stack.containers() if container["Id"] == stopped[0]]
+        assert state["ExitCode"] == 0
+    finally:
+        stack.compose("start", "indrnn")
+        stack.wait_until_healthy(3)
+
+
+def test_the_store_is_killed_and_comes_back(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    [store] = [container["Id"] for container in stack.containers("valkey")]
+
+    def restart() -> None:
+        run(["docker", "kill", "--signal", "KILL", store])
+        time.sleep(0.5)
+        run(["docker", "start", store])
+
+    check(play(stack, clip, restart), undisturbed, "store restarted")
+
+
+def test_a_replica_that_hangs_is_found_out(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    """Nothing is refused, nothing answers, as where a machine has vanished: HAProxy notices, closes the connection, and the client goes elsewhere."""
+    paused: list[str] = []
+
+    def pause() -> None:
+        paused.append(serving(stack))
+        run(["docker", "pause", paused[0]])
+
+    try:
+        check(play(stack, clip, pause), undisturbed, "hung")
+        [state] = [container["State"]["Status"] for container in stack.containers() if container["Id"] == paused[0]]
+        assert state == "paused"  # it was never asked again
+    finally:
+        for container in paused:
+            subprocess.run(["docker", "unpause", container], check=False, capture_output=True, timeout=30)
+        stack.wait_until_healthy(3)
+
+
+def test_prometheus_has_every_replica(stack: Stack) -> None:
+    url = f"http://127.0.0.1:{stack.environment['PROMETHEUS_PORT']}/api/v1/query"
+
+    def up() -> dict[str, int]:
+        try:
+            found = httpx.get(url, params={"query": "sum by (job) (up)"}).json()["data"]["result"]
+        except httpx.TransportError:
+            return {}
+        return {each["metric"]["job"]: int(each["value"][1]) for each in found}
+
+    wait_for(lambda: up() == {"indrnn": 3, "haproxy": 1}, "Prometheus reaches three replicas and HAProxy")
+
+
+def test_nginx_does_in_its_place(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    image, name, port = need_image("NGINX_IMAGE", *NGINX), f"{stack.project}-nginx", free_port()
+    configuration: Path = ROOT / "docker" / "scale" / "nginx.conf"
+    command = ["docker", "run", "--detach", "--rm", "--name", name, "--network", f"{stack.project}_front", "--publish", f"127.0.0.1:{port}:8000"]
+    run([*command, "--volume", f"{configuration}:/etc/nginx/nginx.conf:ro", image])
+    behind = replace(stack, url=f"http://127.0.0.1:{port}")
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"{behind.url}/health/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    killed: list[str] = []
+
+    def kill() -> None:
+        killed.append(serving(stack))
+        run(["docker", "kill", "--signal", "KILL", killed[0]])
+
+    try:
+        wait_for(answers, "nginx answers")
+        check(play(behind, clip, kill), undisturbed, "killed behind nginx")
+    finally:
+        run(["docker", "rm", "--force", name])
+        stack.compose("start", "indrnn")
+        stack.wait_until_healthy(3)
+
+
+def test_more_replicas_are_found(stack: Stack) -> None:
+    stack.compose("up", "--detach", "--no-recreate", "--scale", "indrnn=4", "indrnn", timeout_s=120)
+    stack.wait_until_healthy(4)
+    wait_for(lambda: ready_servers(stack) == 4, "HAProxy sees the fourth")
+    stack.compose("up", "--detach", "--no-recreate", "--scale", "indrnn=3", "indrnn", timeout_s=120)
+    wait_for(lambda: ready_servers(stack) == 3, "HAProxy forgets it")
