@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.bench.dialects import ACK_MESSAGE, Body, Dialect, Floats, Stream, Streaming
-from tests.bench.native import Column, Found, Live, Outcome, Plan, Status, drive, rows
+from tests.bench.native import Column, Found, Live, Outcome, Plan, Status, drive, prepare, rows
 from tests.bench.wire import PATIENCE_S, LoadError
 
 ANSWER_BYTES = 16384  # most of one answer, its header included
@@ -73,6 +73,7 @@ def run(groups: Sequence[Group], frames: Floats, seconds: float, *, warmup: floa
 
     Raises `LoadError` where anything but the right answers comes back, `KeyboardInterrupt` when it is interrupted.
     """
+    prepare()
     _allow_files(sum(group.streams for group in groups) + SPARE_FILES)
     with contextlib.ExitStack() as stack:
         made = [group.dialect.bodies(messages(frames, group.per_message)) for group in groups]

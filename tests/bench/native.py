@@ -6,6 +6,7 @@ does not expect ends it with a `Status`; `load.py` says what that means. Linux o
 
 from __future__ import annotations
 
+import functools
 import platform
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -494,3 +495,27 @@ def rows(plan: Plan, answer_bytes: int, record: int, most: int) -> tuple[Live, F
         outcome=zeros(len(Outcome)),
     )
     return live, found
+
+
+@functools.cache
+def prepare() -> None:
+    """Compiles everything, which takes seconds where it was never done: connections that are open already would be given up meanwhile."""
+
+    def zeros(*shape: int, kind: Any = np.int64) -> npt.NDArray[Any]:
+        return np.zeros(shape, kind)
+
+    plan = Plan(
+        epoll=zeros(1, kind=np.int32),
+        fds=zeros(0, kind=np.int32),
+        by_fd=zeros(1, kind=np.int32),
+        group=zeros(0),
+        rules=zeros(1, len(Column)),
+        heads=zeros(1, kind=np.uint8),
+        head_at=zeros(2),
+        bodies=zeros(1, kind=np.uint8),
+        body_at=zeros(2),
+        number_at=zeros(1),
+        ack=zeros(1, kind=np.uint8),
+    )
+    live, found = rows(plan, 1, 0, 1)
+    drive(plan, live, found, 0, 0, -1)  # without streams and patience it ends at once
