@@ -210,13 +210,14 @@ class SqliteStore:
 
     def _prepare(self, database: sqlite3.Connection) -> None:
         try:
-            self._check_ours(database)  # before anything is written
+            with _transaction(database, write=False):  # another process may be making it
+                self._check_ours(database)  # before anything is written
             [mode] = database.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
                 raise StartupError(f"sessions cannot be kept in {self._path}: no write-ahead log there; is it on a network file system?")
             database.execute(f"PRAGMA synchronous = {'FULL' if self.settings.durability == 'fsynced' else 'NORMAL'}")
             with _transaction(database):
-                if self._check_ours(database):  # another process may have been faster
+                if self._check_ours(database):  # nobody was faster
                     for statement in _TABLE.strip().split(";")[:-1]:
                         database.execute(statement)
                     database.execute(f"PRAGMA application_id = {APPLICATION}")
@@ -231,8 +232,8 @@ class SqliteStore:
 
     def _check_ours(self, database: sqlite3.Connection) -> bool:
         """Whether the file is empty; raises `StartupError` for what others wrote."""
-        questions = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-        [application], [version], [tables] = (database.execute(question).fetchone() for question in questions)
+        questions = ("SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version")
+        [tables], [application], [version] = (database.execute(question).fetchone() for question in questions)
         if (application, version, tables) == (0, 0, 0):
             return True
         if application != APPLICATION:

@@ -117,6 +117,18 @@ asyncio.run(main())
     assert sorted(epochs) == list(range(1, 401))
 
 
+def test_many_begin_a_file_at_once(tmp_path: Path) -> None:
+    async def at_once(path: Path) -> None:
+        stores = [SqliteStore(StoreSettings(timeout_s=20), path) for _ in range(8)]
+        await asyncio.gather(*(store.start() for store in stores))
+        assert sorted([(await store.attach("s")).epoch for store in stores]) == list(range(1, 9))
+        for store in stores:
+            await store.close()
+
+    for number in range(20):
+        asyncio.run(at_once(tmp_path / str(number)))
+
+
 def test_only_its_owner_reads_the_file(tmp_path: Path) -> None:
     async def scenario(store: SqliteStore) -> None:
         await store.start()
