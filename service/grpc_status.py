@@ -10,7 +10,7 @@ The status follows from the one that HTTP has, but for a few errors that gRPC kn
 408 deadline                                         DEADLINE_EXCEEDED   501 not_supported         UNIMPLEMENTED
 409 gap, answers_forgotten, fingerprint_mismatch     FAILED_PRECONDITION 503 overloaded, draining, UNAVAILABLE
 409 sequence_live                                    ALREADY_EXISTS          model_loading, ...
-409 taken_over                                       ABORTED
+409 taken_over                                       ABORTED             408 slow_reader           RESOURCE_EXHAUSTED
 
 Of an error the trailing metadata tell more: `error-code`, which is the same as in JSON, and numbers such as `next_frame` and `retry_after` (seconds).
 In a stream, where an error belongs to one request, they are parameters of its answer.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from grpc import StatusCode
 
-from service.errors import ModelRefused, SequenceLive, ServiceError, TakenOver
+from service.errors import ModelRefused, SequenceLive, ServiceError, SlowReader, TakenOver
 
 _BY_STATUS = {
     400: StatusCode.INVALID_ARGUMENT,
@@ -42,6 +42,7 @@ _BY_KIND: dict[type[ServiceError], StatusCode] = {
     ModelRefused: StatusCode.FAILED_PRECONDITION,
     SequenceLive: StatusCode.ALREADY_EXISTS,
     TakenOver: StatusCode.ABORTED,
+    SlowReader: StatusCode.RESOURCE_EXHAUSTED,
 }
 
 

@@ -1,7 +1,7 @@
 """One bidirectional stream of requests: those of a sequence run in order, different sequences and clips side by side, each is answered.
 
 How much of a stream is under way is bounded: beyond that the stream is not read, so that HTTP/2 holds the client back. An answer counts until it
-is sent, so a client that does not read its answers waits, and holds up nobody else.
+is sent, so a client that does not read its answers waits, and holds up nobody else; after a while its stream ends.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from service import notes
-from service.errors import Draining
+from service.errors import Draining, SlowReader
 from service.grpc_tensors import sequence_of, size_of
 
 MOST_REQUESTS = 256  # of a stream that are under way: read, and their answers not yet sent
 MOST_BYTES = 16 * 2**20  # of their tensors; a single request may have more
+PATIENCE_S = 20.0  # with a client that does not read its answers
 
 Answer = Callable[[Any, float], Awaitable[Any]]
 Line = deque[tuple[Any, float, int]]  # requests of one sequence with the times at which they came and their sizes
@@ -29,8 +30,10 @@ class Stream:
     An error that `answer` raises ends the stream; what is wrong with one request only, it answers.
     """
 
-    def __init__(self, read: Callable[[], Awaitable[Any]], write: Callable[[Any], Awaitable[None]], end: object, answer: Answer) -> None:
-        self._read, self._write, self._end, self._answer = read, write, end, answer
+    def __init__(
+        self, read: Callable[[], Awaitable[Any]], write: Callable[[Any], Awaitable[None]], end: object, answer: Answer, patience_s: float = PATIENCE_S
+    ) -> None:
+        self._read, self._write, self._end, self._answer, self._patience_s = read, write, end, answer, patience_s
         self._lines: dict[tuple[str, str, int | str], Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers: deque[tuple[Any, int]] = deque()
@@ -48,12 +51,16 @@ class Stream:
             self._reader.cancel()
 
     async def run(self) -> None:
-        """Serves until the client has said all and has all answers. Raises `Draining`, or what `answer` raised."""
+        """Serves until the client has said all and has all answers. Raises `Draining`, `SlowReader`, or what `answer` raised."""
         self._reader = self._start(self._take_all())
         if self._draining:
             self._reader.cancel()
+        sender = asyncio.create_task(self._send_all())
         try:
-            await self._send_all()
+            await sender
+        except asyncio.CancelledError:
+            if self._fault is None:  # it was us who were cancelled: the client has left
+                raise
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -123,10 +130,21 @@ class Stream:
 
     async def _send_all(self) -> None:
         """Sends answers until nothing is under way any more, or something went wrong."""
+        loop, sender = asyncio.get_running_loop(), asyncio.current_task()
+
+        def give_up() -> None:
+            self._fault = SlowReader(f"the client has not read an answer for {self._patience_s:g} s; its sequences stay")
+            if sender is not None:
+                sender.cancel()
+
         while self._fault is None:
             while self._answers:
                 answer, size = self._answers.popleft()
-                await self._write(answer)
+                timer = loop.call_later(self._patience_s, give_up)
+                try:
+                    await self._write(answer)
+                finally:
+                    timer.cancel()
                 self._requests -= 1
                 self._bytes -= size
                 self._room.set()

@@ -35,6 +35,7 @@ def test_the_statuses_that_clients_branch_on() -> None:
         errors.Gap: "FAILED_PRECONDITION",
         errors.TakenOver: "ABORTED",
         errors.SequenceLive: "ALREADY_EXISTS",
+        errors.SlowReader: "RESOURCE_EXHAUSTED",
         errors.TooLarge: "RESOURCE_EXHAUSTED",
         errors.TooMany: "RESOURCE_EXHAUSTED",
         errors.NotSupported: "UNIMPLEMENTED",

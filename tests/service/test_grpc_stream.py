@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("google.protobuf", reason="protobuf is not installed (extra `grpc`): gRPC's streams are not tested")
 
-from service.errors import Draining, Malformed
+from service.errors import Draining, Malformed, SlowReader
 from service.grpc_messages import ModelInferRequest, ModelStreamInferResponse
 from service.grpc_stream import MOST_BYTES, MOST_REQUESTS, Stream
 
@@ -129,6 +129,26 @@ def test_who_does_not_read_answers_is_not_read_either(sequence: int | None, size
         client.reads.set()
         await asyncio.wait_for(task, 20)
         assert client.got == [str(i) for i in range(2 * most + 3)]
+
+    asyncio.run(case())
+
+
+def test_who_does_not_read_for_long_is_left() -> None:
+    async def case() -> None:
+        client, stopped = Client([request(0), request(1, 1), request(2, 1), request(3)], ends=False), []
+        client.reads.clear()
+
+        async def run(message: Any, came: float) -> Any:
+            if message.id != "3":
+                return answer_to(message)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.append(message.id)
+
+        with pytest.raises(SlowReader, match=r"not read an answer for 0\.05 s"):
+            await asyncio.wait_for(Stream(client.read, client.write, END, run, patience_s=0.05).run(), 5)
+        assert (client.got, stopped) == ([], ["3"])
 
     asyncio.run(case())
 
