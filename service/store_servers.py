@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -38,7 +39,7 @@ class Single:
     async def close(self) -> None:
         await self._server.close()
         if self._sentinel is not None:
-            await self._sentinel.aclose()
+            await asyncio.gather(*(client.aclose() for client in self._sentinel.sentinels))
 
 
 def open_servers(settings: StoreSettings) -> Servers:
