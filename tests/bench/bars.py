@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from tests.bench.figures import Report, Variant
@@ -144,7 +145,7 @@ def chosen(pattern: str | None, bars: Sequence[Bar] = BARS, beside: Sequence[Var
 
 
 def bar_table(bars: Sequence[Bar], report: Report) -> Table:
-    table = Table("measure", title="the result")
+    table = Table("measure", title="the result", box=box.MARKDOWN)
     for column in ("value", "bar", ""):
         table.add_column(column, justify="right")
     for bar in bars:

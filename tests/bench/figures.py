@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 CALM = 0.1  # cores that others may have had
@@ -99,7 +100,7 @@ class Report:
         return {"conditions": self.conditions, "medians": medians, "facts": self.facts, "failures": self.failures, "rounds": rounds}
 
     def table(self) -> Table:
-        table = Table("variant", title="medians over rounds")
+        table = Table("variant", title="medians over rounds", box=box.MARKDOWN)
         for column in ("frames/s", "p50 ms", "p99 ms", "client us/message", "others' cores"):
             table.add_column(column, justify="right")
         for variant, found in self.figures.items():

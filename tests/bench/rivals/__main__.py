@@ -15,6 +15,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +43,7 @@ def table(report: Report, clips: bool) -> Table:
     """Frames a second, and p99 in brackets: a row for each who, a column for each number of streams. For clips alone, or for all else."""
     some = [variant for variant in report.figures if (variant.per_message == CLIP) == clips]
     columns = sorted({(variant.streams, variant.per_message) for variant in some}, key=lambda one: (one[1], one[0]))
-    made = Table(f"{'clips of 64 frames' if clips else 'streams'}: frames/s (p99 ms)", title="medians over rounds")
+    made = Table(f"{'clips of 64 frames' if clips else 'streams'}: frames/s (p99 ms)", title="medians over rounds", box=box.MARKDOWN)
     for streams, per_message in columns:
         made.add_column(f"{streams}" + (f" x {per_message}" if per_message > 1 else ""), justify="right", no_wrap=True)
     for who in dict.fromkeys(variant.who for variant in some):
