@@ -77,6 +77,7 @@ class Checkpoints:
         self._frames = frames
         self._wait_s = wait_s
         self._entries: dict[str, _Entry] = {}
+        self._unsaved: dict[str, _Entry] = {}  # oldest first
         self._waiting: dict[str, _Entry] = {}  # changed, not due yet; oldest first
         self._due: dict[str, _Entry] = {}
         self._due_at = 0.0  # when those due set out
@@ -111,6 +112,7 @@ class Checkpoints:
             entry = self._entries[session_id] = _Entry(session_id)
         if entry.changes == entry.confirmed:
             entry.since = self._now()
+            self._unsaved[session_id] = entry
         entry.next_frame = next_frame
         entry.changes += 1
         if not entry.flying:
@@ -120,8 +122,8 @@ class Checkpoints:
         """The session has ended here, or begins anew; a save that is under way is not waited for."""
         entry = self._entries.pop(session_id, None)
         if entry is not None:
-            self._waiting.pop(session_id, None)
-            self._due.pop(session_id, None)
+            for table in (self._unsaved, self._waiting, self._due):
+                table.pop(session_id, None)
             _fail(entry, SessionNotFound("the session has ended"))
 
     async def flush(self, session_id: str) -> None:
@@ -148,8 +150,8 @@ class Checkpoints:
     async def drain(self, within_s: float) -> list[str]:
         """Saves all that has changed, as long as that takes less; returns the sessions that could not be saved."""
         end = self._now() + within_s
-        while unsaved := [entry for entry in self._entries.values() if entry.changes > entry.confirmed]:
-            for entry in unsaved:
+        while self._unsaved:
+            for entry in self._unsaved.values():
                 if not entry.flying and entry.session_id not in self._due:
                     self._make_due(entry, at_once=True)
             self._landed.clear()
@@ -157,7 +159,7 @@ class Checkpoints:
                 async with asyncio.timeout_at(end):
                     await self._landed.wait()
             except TimeoutError:
-                return [entry.session_id for entry in self._entries.values() if entry.changes > entry.confirmed]
+                return list(self._unsaved)
         return []
 
     async def touch(self, session_ids: Sequence[str]) -> None:
@@ -171,9 +173,14 @@ class Checkpoints:
             for entry in filter(None, map(self._entries.get, absent)):
                 self.changed(entry.session_id, entry.next_frame)
 
+    @property
+    def degraded(self) -> bool:
+        """Whether the latest that the store was asked for failed; asked for each step, which `health` is too slow for."""
+        return self._degraded_since is not None
+
     def health(self) -> Health:
-        unsaved = [entry.since for entry in self._entries.values() if entry.changes > entry.confirmed]
-        return Health(self._degraded_since, self._reason, len(unsaved), self._now() - min(unsaved) if unsaved else 0.0)
+        oldest_s = self._now() - next(iter(self._unsaved.values())).since if self._unsaved else 0.0
+        return Health(self._degraded_since, self._reason, len(self._unsaved), oldest_s)
 
     # Who sets out when
 
@@ -286,6 +293,7 @@ class Checkpoints:
             log.exception("a session's record could not be made", session=key(entry.session_id)[:12])
             _fail(entry, ServiceError())
             entry.confirmed = entry.changes  # not tried again before it changes
+            del self._unsaved[entry.session_id]
             return None
         if checkpoint is not None:
             entry.taken_frame = checkpoint.next_frame
@@ -322,15 +330,17 @@ class Checkpoints:
                 if wanted <= changes and not done.done():
                     done.set_result(None)
             entry.waiters = [(wanted, done) for wanted, done in entry.waiters if not done.done()]
+            self._unsaved.pop(entry.session_id, None)
             if entry.changes > entry.confirmed:
                 entry.since = self._now()  # its wait begins when the save before has ended
+                self._unsaved[entry.session_id] = entry
                 self._arm(entry)
             if checkpoint.next_frame > entry.durable:
                 entry.durable = checkpoint.next_frame
                 _call(self._saved, entry.session_id, checkpoint.next_frame)
         else:
-            del self._entries[entry.session_id]
             _fail(entry, SessionNotFound("the session has ended") if outcome is Outcome.ENDED else TakenOver("another process has taken this session over"))
+            self.forget(entry.session_id)
             _call(self._lost, entry.session_id, outcome)
 
     def _is_live(self, entry: _Entry) -> bool:
