@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args, console = arguments(), Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers are in sessions of their own: nobody else ends them
     console = Console(width=max(console.width, 140))  # names are long; a file has no width
     model = f"{TOY.layers} x {TOY.units}, {TOY.shape[0]} inputs, {len(TOY.classes)} classes"
     report = Report(conditions(programs.pin(CORES), model=model, rounds=args.rounds, seconds=args.seconds))

@@ -62,8 +62,9 @@ def test_some_rows_only(tmp_path: Path) -> None:
     assert "service 64 over echo 64" in wrong.stderr
 
 
-def test_interrupted_it_shows_what_it_has(tmp_path: Path) -> None:
-    """Wherever that comes: half of the time it runs compiled code, which knows no signals."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_shows_what_it_has(tmp_path: Path, number: signal.Signals) -> None:
+    """Wherever that comes: half of the time it runs compiled code, which knows no signals. Nothing that it started is left."""
     file = tmp_path / "bench.json"
     options = command("--only", "^(alone|echo) 1$", "--seconds", "0.3", "--warmup", "0.1", "--rounds", "1000", "--json", str(file))
     process = subprocess.Popen(options, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -73,7 +74,8 @@ def test_interrupted_it_shows_what_it_has(tmp_path: Path) -> None:
             if line.startswith("starts"):
                 break
         time.sleep(5)  # for the start of an echo, and some rounds
-        os.kill(process.pid, signal.SIGINT)
+        started = children(process.pid)
+        os.kill(process.pid, number)
         out, errors = process.communicate(timeout=30)
     finally:
         process.kill()
@@ -82,6 +84,12 @@ def test_interrupted_it_shows_what_it_has(tmp_path: Path) -> None:
     found = json.loads(file.read_text())
     assert found["stopped"]
     assert found["medians"]
+    assert len(started) == 2  # the service, of which an answer is measured, and the echo
+    assert not [one for one in started if Path(f"/proc/{one}").exists()]
+
+
+def children(process: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def test_what_fails_is_told_and_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

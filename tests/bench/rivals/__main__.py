@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -87,6 +88,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args, console = arguments(), Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the servers are in sessions of their own: nobody else ends them
     console = Console(width=max(console.width, 140))
     rivals = installed(console, args.only)
     wanted = variants(rivals, args.only)
