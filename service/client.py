@@ -8,8 +8,8 @@
         with client.tracks("rehab-exercises") as tracks:  # several people on one connection
             person = tracks.stream(on_event=print).open()
 
-A stream outlives its socket: when the connection is lost the client comes back to the same session, sends again what the server has not
-taken, and delivers every answer once, in order. What the service refuses is raised as the classes of `service.errors`, with `code` and `facts`.
+A stream outlives its socket, and its server where sessions are kept in a store: the client comes back to the same session, sends again what the
+server has not taken, and delivers every answer once, in order. What the service refuses is raised as the classes of `service.errors`, with `code` and `facts`.
 
 Here is the plain client, and every name that programs import.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, Self, TypeVar, Unpack
 
 import numpy as np
@@ -26,13 +26,14 @@ import numpy.typing as npt
 
 from service.client_async import AsyncClient
 from service.client_errors import ClientError, StreamClosed, Unreachable, error_from
+from service.client_notices import ModelChanged, Notice, OnNotice, Warned
 from service.client_stream import AsyncStream
 from service.client_tracks import AsyncTracks
 from service.client_values import TOP, Answer, Event, Frames, Model, OnEvent, Piece, Retry, StreamOptions, Timed
 
 __all__ = [
-    "TOP", "Answer", "AsyncClient", "AsyncStream", "AsyncTracks", "Client", "ClientError", "Event", "Model", "OnEvent", "Retry", "Stream",
-    "StreamClosed", "StreamOptions", "Timed", "Tracks", "Unreachable", "error_from",
+    "TOP", "Answer", "AsyncClient", "AsyncStream", "AsyncTracks", "Client", "ClientError", "Event", "Model", "ModelChanged", "Notice", "OnEvent", "OnNotice",
+    "Retry", "Stream", "StreamClosed", "StreamOptions", "Timed", "Tracks", "Unreachable", "Warned", "error_from",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -41,7 +42,9 @@ T = TypeVar("T")
 class Client:
     """`AsyncClient` for programs without an event loop: the same calls, run on a thread of its own. Use it as `with`."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout_s: float = 30.0, retry: Retry | None = None) -> None:
+    def __init__(
+        self, url: str | Sequence[str] = "http://127.0.0.1:8000", *, token: str | None = None, timeout_s: float = 30.0, retry: Retry | None = None
+    ) -> None:
         self._client = AsyncClient(url, token=token, timeout_s=timeout_s, retry=retry)
         self._loop = _LoopThread()
 
@@ -65,8 +68,8 @@ class Client:
     def predict(self, name: str, frames: npt.ArrayLike, **options: Any) -> Answer:
         return self._loop.call(self._client.predict(name, frames, **options))
 
-    def stream(self, name: str, *, on_event: OnEvent | None = None, **options: Unpack[StreamOptions]) -> Stream:
-        return Stream(self._loop, self._client.stream(name, on_event=on_event, **options))
+    def stream(self, name: str, *, on_event: OnEvent | None = None, on_notice: OnNotice | None = None, **options: Unpack[StreamOptions]) -> Stream:
+        return Stream(self._loop, self._client.stream(name, on_event=on_event, on_notice=on_notice, **options))
 
     def tracks(self, name: str) -> Tracks:
         return Tracks(self._loop, self._client.tracks(name))
@@ -109,8 +112,8 @@ class Tracks:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def stream(self, *, on_event: OnEvent | None = None, **options: Unpack[StreamOptions]) -> Stream:
-        return Stream(self._loop, self._tracks.stream(on_event=on_event, **options))
+    def stream(self, *, on_event: OnEvent | None = None, on_notice: OnNotice | None = None, **options: Unpack[StreamOptions]) -> Stream:
+        return Stream(self._loop, self._tracks.stream(on_event=on_event, on_notice=on_notice, **options))
 
     def close(self, *, keep: bool = False) -> None:
         if self._loop.running:  # else they ended with their client
@@ -118,7 +121,7 @@ class Tracks:
 
 
 class Stream:
-    """`AsyncStream` for programs without an event loop. Use it as `with`, or `open` it and `close` it. `on_event` is called on the client's thread."""
+    """`AsyncStream` for programs without an event loop. Use it as `with`, or `open` it and `close` it. Listeners are called on the client's thread."""
 
     def __init__(self, loop: _LoopThread, stream: AsyncStream) -> None:
         self._loop = loop

@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, Self, Unpack
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 import numpy as np
 import numpy.typing as npt
 
-from service.client_errors import ClientError, Unreachable, http_refusal, nobody_at
+from service.client_addresses import Addresses, read_addresses
+from service.client_errors import ELSEWHERE, ClientError, NobodyThere, Unreachable, http_refusal, nobody_at
+from service.client_notices import OnNotice
+from service.client_patience import Patience
 from service.client_socket import Dialer
 from service.client_stream import AsyncStream
 from service.client_tracks import AsyncTracks
 from service.client_values import TOP, Answer, Model, OnEvent, Retry, StreamOptions, as_times, opening
+from service.errors import Draining, ModelLoading, ServiceError, StoreUnavailable
 from service.protocol import encode, for_json
 
 ScoresOption = Literal["last", "all", "none"]
 
+_PASSING = (Unreachable, Draining, ModelLoading, StoreUnavailable)  # what a step that may be repeated is repeated after
+
 
 class AsyncClient:
-    """Talks to one service. Use it as `async with`.
+    """Talks to one service, at `url` or, where its replicas share a store and no balancer stands before them, at any of several. Use it as `async with`.
 
-    Calls raise the service's errors as classes of `service.errors`, and `Unreachable`.
+    Calls raise the service's errors as classes of `service.errors`, and `Unreachable`. Those that name the place in their session, `advance` and
+    `reset_session`, may be repeated without harm, and are until `retry.give_up_s` have passed, while nobody is there or the session's store is not.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout_s: float = 30.0, retry: Retry | None = None) -> None:
-        if not _is_address(url):
-            raise ClientError(f"{url!r} is no address of a service; it looks like http://127.0.0.1:8000")
+    def __init__(
+        self, url: str | Sequence[str] = "http://127.0.0.1:8000", *, token: str | None = None, timeout_s: float = 30.0, retry: Retry | None = None
+    ) -> None:
+        self.urls = read_addresses(url)
         if token and not (token.isascii() and token.isprintable()):
             raise ClientError("a token is made of printable ASCII characters")
-        self.url = url.rstrip("/")
+        self._addresses = Addresses(self.urls)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_s = timeout_s
         self._retry = retry or Retry()
-        self._http = httpx.AsyncClient(base_url=self.url, headers=self._headers, timeout=timeout_s)
+        self._http = httpx.AsyncClient(headers=self._headers, timeout=timeout_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -67,20 +76,20 @@ class AsyncClient:
         top_k: int = TOP,
     ) -> Answer:
         """Classifies a clip (count, *frame_shape) on its own; NaN is missing. `fps` where it is not the model's, or the times `t` (count,) in seconds."""
-        query = {"version": version, "layout": layout, "fps": fps, "scores": scores, "top_k": top_k}
+        query: dict[str, Any] = {"version": version, "layout": layout, "fps": fps, "scores": scores, "top_k": top_k}
         body = _raw(frames) if t is None else _timed(frames, t)
         return Answer.from_json(await self._call("POST", f"/v1/models/{_part(name)}/predict", body, **query))
 
-    def stream(self, name: str, *, on_event: OnEvent | None = None, **options: Unpack[StreamOptions]) -> AsyncStream:
+    def stream(self, name: str, *, on_event: OnEvent | None = None, on_notice: OnNotice | None = None, **options: Unpack[StreamOptions]) -> AsyncStream:
         """A stream on a new session, or on `session`; then `ack` asks for its kept answers from that frame on. It has a connection of its own."""
-        return AsyncStream(self._dialer(name), opening(options), self._retry, on_event)
+        return AsyncStream(self._dialer(name), opening(options), self._retry, on_event, on_notice)
 
     def tracks(self, name: str) -> AsyncTracks:
         """Streams of one model on one connection: one for each person in view."""
         return AsyncTracks(self._dialer(name), self._retry)
 
     def _dialer(self, name: str) -> Dialer:
-        return Dialer(self.url, f"/v1/models/{_part(name)}/stream", self._headers, self._timeout_s)
+        return Dialer(Addresses(self.urls), f"/v1/models/{_part(name)}/stream", self._headers, self._timeout_s)
 
     # Sessions over REST: for programs that post frames now and then.
 
@@ -104,15 +113,15 @@ class AsyncClient:
     ) -> Answer:
         """Sends frames (count, *frame_shape) of which the first has number `first`, with their times `t` (count,) if the stream began with times.
 
-        May be repeated when the answer was lost.
+        It is repeated when the answer was lost.
         """
         numbers = _given({"first": first, "ack": ack})
         query = {"scores": scores, "top_k": top_k}
         body, query = (_raw(frames), query | numbers) if t is None else (_timed(frames, t, **numbers), query)
-        return Answer.from_json(await self._call("POST", f"/v1/sessions/{_part(session)}/frames", body, **query))
+        return Answer.from_json(await self._call("POST", f"/v1/sessions/{_part(session)}/frames", body, Patience(self._retry), **query))
 
     async def reset_session(self, session: str, at: int) -> None:
-        await self._call("POST", f"/v1/sessions/{_part(session)}/reset", {"json": {"at": at}})
+        await self._call("POST", f"/v1/sessions/{_part(session)}/reset", {"json": {"at": at}}, Patience(self._retry))
 
     async def touch_session(self, session: str) -> float | None:
         """Keeps it from expiring; the seconds until it would, None where it does not. A stream's connection does so by itself."""
@@ -135,19 +144,51 @@ class AsyncClient:
         body = {"content": record, "headers": {"Content-Type": "application/octet-stream"}}
         return await self._call("POST", f"/v1/models/{_part(name)}/sessions", body, version=version)
 
-    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> dict[str, Any]:
-        response = await self._request(method, path, body, **query)
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None, patience: Patience | None = None, **query: Any) -> dict[str, Any]:
+        response = await self._request(method, path, body, patience, **query)
         with suppress(ValueError, TypeError):  # no JSON object: another server listens there
             return dict(response.json())
         raise http_refusal(response.status_code, response.content)
 
-    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> httpx.Response:
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None, patience: Patience | None = None, **query: Any) -> httpx.Response:
+        """With `patience`, of a call that may be repeated, again and again."""
+        call = {"method": method, "params": _given(query), **(body or {})}
+        if patience is None:
+            return await self._anywhere(path, call, repeats=False)
+        clock = asyncio.get_running_loop().time
+        while True:
+            try:
+                return await self._anywhere(path, call, repeats=True)
+            except _PASSING as error:
+                patience.failed(error, clock())
+                if (pause := patience.pause_s(clock())) is None:
+                    raise
+            await asyncio.sleep(pause)
+
+    async def _anywhere(self, path: str, call: Mapping[str, Any], *, repeats: bool) -> httpx.Response:
+        """From the first address where it is not refused for reasons of one server; raises what the last of them said.
+
+        A call that does not repeat goes on to the next address only if it was certainly not heard at the one before.
+        """
+        urls = self._addresses.round()
+        for url in urls:
+            self._addresses.use(url)
+            try:
+                return await self._at(url, path, call)
+            except ELSEWHERE as error:
+                if url is urls[-1] or not (repeats or isinstance(error, ServiceError | NobodyThere)):
+                    raise
+        raise AssertionError("there is no service without an address")
+
+    async def _at(self, url: str, path: str, call: Mapping[str, Any]) -> httpx.Response:
         try:
-            response = await self._http.request(method, path, params=_given(query), **(body or {}))
+            response = await self._http.request(url=f"{url}{path}", **call)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise nobody_at(url, error) from None
         except httpx.TimeoutException:
-            raise Unreachable(f"{self.url} did not answer within {self._timeout_s:g} s") from None
+            raise Unreachable(f"{url} did not answer within {self._timeout_s:g} s") from None
         except httpx.TransportError as error:
-            raise nobody_at(self.url, error) from None
+            raise Unreachable(f"the connection to {url} was lost ({str(error) or type(error).__name__})") from None
         if response.is_success:
             return response
         raise http_refusal(response.status_code, response.content)
@@ -163,14 +204,6 @@ def _timed(frames: npt.ArrayLike, t: npt.ArrayLike, **fields: Any) -> dict[str, 
     array = np.asarray(frames, np.float32)
     value = {**fields, "frames": for_json(array), "t": as_times(t, len(array) if array.ndim else 0)}
     return {"content": encode(value), "headers": {"Content-Type": "application/json"}}
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
-    except ValueError:  # a port beyond 65535, brackets that hold no address
-        return False
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from service.errors import ServiceError
+from service.errors import ServiceError, TooMany, Unavailable
 
 _COME_BACK_CODES = (1000, 1001, 1005, 1006, 1011, 1012, 1013, 1014)  # connections closed with these are tried again, others were refused
 _COME_BACK_STATUSES = (502, 503, 504)  # the same for handshakes: a proxy without its server
@@ -20,8 +20,15 @@ class Unreachable(ClientError):
     """No connection: nothing listens there, or the connection was lost and did not come back within the retries."""
 
 
+class NobodyThere(Unreachable):
+    """No connection came about, so that nothing was heard of what was asked."""
+
+
 class StreamClosed(ClientError):
     """The stream was closed; it takes and gives nothing any more."""
+
+
+ELSEWHERE = (Unreachable, Unavailable, TooMany)  # reasons of one server, for which another need not refuse
 
 
 def error_from(value: Mapping[str, Any]) -> ServiceError:
@@ -63,5 +70,5 @@ def close_refusal(code: int, reason: str) -> ServiceError | Unreachable:
     return kind(reason or f"the connection was closed with {code}")
 
 
-def nobody_at(url: str, error: Exception) -> Unreachable:
-    return Unreachable(f"no service at {url} ({str(error) or type(error).__name__}); start it with `python -m service`, or name another address")
+def nobody_at(url: str, error: Exception) -> NobodyThere:
+    return NobodyThere(f"no service at {url} ({str(error) or type(error).__name__}); start it with `python -m service`, or name another address")

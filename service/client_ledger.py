@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import deque
 from dataclasses import dataclass
 
@@ -71,7 +72,8 @@ class _Reset:
 class Ledger:
     """One stream over all its connections; each begins with `resume`, and `message` is what to write to it.
 
-    Frames below `read` were answered and the answers read, below `received` answered, below `next_frame` handed over.
+    Frames below `read` were answered and the answers read, below `received` answered, below `next_frame` handed over. Those are kept that a server may
+    still ask for, and as many before them as another model needs to be warmed up, but for these there may be no room.
     """
 
     def __init__(self, next_frame: int = 0, read: int = 0, window: int = 1, *, every: bool = True, origin: float | None = None) -> None:
@@ -83,8 +85,12 @@ class Ledger:
         self._every = every  # answers are for each frame; else for the last of each message
         self._unread = 0  # answers
         self._durable: int | None = None  # frames below survive the server's end; None: it promises nothing, its memory counts
+        self._horizon = 0  # frames before those
+        self._most = sys.maxsize  # frames that are kept
+        self.changed_at = next_frame  # answers from here on are those of the model of this connection
         self._kept: deque[_Chunk | _Reset] = deque()  # until the server has it for good
         self._waiting: deque[_Chunk | _Reset] = deque()  # to be written to this connection
+        self._from = next_frame  # frames below need not be sent on this connection
         self._taken = next_frame  # frames below are known to the server of this connection
         self._acked = 0  # what it was told to be read
         self._farewell = self._closed = False
@@ -95,7 +101,11 @@ class Ledger:
 
     def fits(self, count: int) -> bool:
         """Whether `count` more frames may be handed over."""
-        return self.next_frame + count - self.read <= self.window
+        return self.next_frame + count - self.read <= self.window and not self.brims(count)
+
+    def brims(self, count: int) -> bool:
+        """Whether `count` more frames are too many to be kept, until the server promises that earlier ones survive its end."""
+        return self._durable is not None and self.next_frame + count - self._safe > self._most
 
     def check(self, t: Times | None) -> None:
         """Raises `WrongTime` where the next frames may not have these times, or may not come without."""
@@ -140,16 +150,41 @@ class Ledger:
 
     # ---- what the connection does
 
+    def agree(self, durable: bool, horizon: int, most: int) -> None:
+        """What `opened` says: whether the server will promise that frames survive its end, and with how many frames another model is warmed up.
+
+        `most` is how many frames are kept at most; a window of them in any case.
+        """
+        if not durable:
+            self._durable = None
+        elif self._durable is None:
+            self._durable = self._oldest  # what a server has in memory it may not have stored
+        self._horizon, self._most = horizon, max(most, self.window)
+
     def resume(self, next_frame: int) -> None:
-        """A new connection to a server that has taken `next_frame` frames.
+        """A new connection to a server that has taken `next_frame` frames, which may be fewer than it has answered before.
 
         Raises `Gap` where it has lost frames that are no longer kept here, or has frames that were never sent from here.
         """
-        oldest = self._kept[0].first if self._kept else self.next_frame
-        if not oldest <= next_frame <= self.next_frame:
-            raise Gap(f"the session came back at frame {next_frame}, this client has frames {oldest} to {self.next_frame}", next_frame=next_frame)
-        self._taken, self._acked = next_frame, 0
+        self._check_reach(next_frame)
+        self._from = self._taken = next_frame
+        self._acked, self.changed_at = 0, self.received
         self._waiting = deque(self._kept)
+
+    def renew(self, next_frame: int, warm_from: int) -> int:
+        """A new connection to a server that has taken `next_frame` frames, but none of them with the model that it has now: that begins with nothing.
+
+        It may be shown the frames from `warm_from` on again. Returns the first that it will be shown: it takes no frame before a reset and none that is
+        no longer here. Raises `Gap` as `resume` does.
+        """
+        self._check_reach(next_frame)
+        known = min(next_frame, self.received)
+        resets = [item.first for item in self._kept if isinstance(item, _Reset) and item.first <= known]
+        begin = min(next_frame, max(warm_from, self._oldest, *resets))
+        self._from = self._taken = self._acked = begin
+        self.changed_at = self.received
+        self._waiting = deque(item for item in self._kept if item.first > begin or isinstance(item, _Chunk))  # it need not be told to begin anew
+        return begin
 
     def message(self) -> str | bytes | None:
         """The next message to write; None: nothing for now."""
@@ -159,7 +194,7 @@ class Ledger:
             self._acked = self._readable
             return protocol.HEADER.pack(protocol.VERSION, protocol.KIND_ACK, 0, 0, self._acked)
         while self._waiting and not self._overdrawn:
-            if (message := self._waiting.popleft().message(self._taken)) is not None:
+            if (message := self._waiting.popleft().message(self._from)) is not None:
                 return message
         if self._farewell and not self._waiting:
             self._closed = True
@@ -185,9 +220,19 @@ class Ledger:
         self._settle()
 
     def secure(self, frame: int) -> None:
-        """The server promises that frames below survive its end."""
-        self._durable = frame
+        """The server promises that frames below survive its end. That holds on later connections too."""
+        self._durable = frame if self._durable is None else max(frame, self._durable)
         self._settle()
+
+    @property
+    def durable(self) -> int:
+        """Frames below are."""
+        return self._durable or 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all frames of the session are still here, because its server never promised to keep any: it can be begun anew."""
+        return self._begin == self._oldest == 0 and self._durable == 0
 
     # ---- inside
 
@@ -195,6 +240,22 @@ class Ledger:
         self._kept.append(item)
         self._waiting.append(item)
         self.next_frame = item.end
+        self._settle()
+
+    def _check_reach(self, next_frame: int) -> None:
+        if not self._oldest <= next_frame <= self.next_frame:
+            have = f"this client has frames {self._oldest} to {self.next_frame}"
+            raise Gap(f"the session came back at frame {next_frame}, {have}", next_frame=next_frame)
+
+    @property
+    def _oldest(self) -> int:
+        """The first frame that is here."""
+        return self._kept[0].first if self._kept else self.next_frame
+
+    @property
+    def _safe(self) -> int:
+        """Frames below are not asked for by any server, unless it is for warming up."""
+        return self.read if self._durable is None else min(self.read, self._durable)
 
     @property
     def _readable(self) -> int:
@@ -211,11 +272,12 @@ class Ledger:
         return unsaid >= max(1, self.window // 4) or (unsaid > 0 and bool(self._waiting) and self._overdrawn)
 
     def _settle(self) -> None:
-        """Drops what the server will never need again: answered, and durable where the server promises that."""
+        """Drops what no server will need again: answered, durable where the server promises that, and too old or too much to warm up a model."""
         if not self._unread:
             self.read = self.received
-        safe = self.read if self._durable is None else min(self.read, self._durable)
-        while self._kept and self._kept[0].over(safe):
+        safe = self._safe
+        until = min(safe, max(safe - self._horizon, self.next_frame - self._most))
+        while self._kept and self._kept[0].over(safe) and self._kept[0].end <= until:
             item = self._kept.popleft()
             if isinstance(item, _Chunk) and item.t is not None:
                 for frame in range(item.first, item.end):

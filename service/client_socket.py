@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
-from service.client_errors import Unreachable, close_refusal, error_from, http_refusal, nobody_at
+from service.client_addresses import Addresses
+from service.client_errors import ELSEWHERE, Unreachable, close_refusal, error_from, http_refusal, nobody_at
 from service.errors import ServiceError
 
 Socket = ClientConnection
+T = TypeVar("T")
+
+_ONE_OF_MANY_S = 5.0  # how long one address of several is waited for
 
 # The window bounds what may arrive. With a bounded queue, answers that nobody reads any more would hold up the closing handshake until it times out.
 _OPTIONS: dict[str, Any] = {"compression": None, "max_size": None, "max_queue": None}
@@ -35,43 +39,73 @@ class Opener(Protocol):
     async def open(self, options: Mapping[str, Any]) -> tuple[Wire, dict[str, Any]]:
         """A wire on which the server has said `opened`, and what it said; raises what it refuses or `Unreachable`."""
 
+    def leave(self, wire: Any) -> None:
+        """The server of this wire goes away: the next wire does not come from there, where there is another."""
+
 
 @dataclass(frozen=True)
 class Dialer:
-    """Opens sockets to one model's streams of the service at `url`, each for one stream. An `Opener`."""
+    """Opens sockets to one model's streams of the service at `addresses`, each for one stream. An `Opener`."""
 
-    url: str
+    addresses: Addresses
     path: str
     headers: dict[str, str]
     timeout_s: float
 
     async def open(self, options: Mapping[str, Any]) -> tuple[Wire, dict[str, Any]]:
-        socket = await self.dial()
-        return socket, await self.begin(socket, options)
+        async def there(url: str) -> tuple[Wire, dict[str, Any]]:
+            socket = await self._dial(url)
+            return socket, await self.begin(socket, options)
+
+        return await self._anywhere(there)
+
+    async def dial(self) -> Socket:
+        """A websocket, on which nothing was said yet; raises `Unreachable`, or what its handshake is refused with."""
+        return await self._anywhere(self._dial)
 
     async def begin(self, wire: Wire, options: Mapping[str, Any]) -> dict[str, Any]:
         """Says `open` and returns `opened`; raises what the server refuses or `Unreachable`, and then the wire is closed."""
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(self._patience_s):
                 await wire.send(json.dumps({"type": "open", **options}))
                 return await _opened(wire)
         except BaseException as error:
             await wire.close()
             if isinstance(error, TimeoutError):
-                raise Unreachable(f"{self.url} did not open the stream within {self.timeout_s:g} s") from None
+                raise Unreachable(f"{self.addresses.current} did not open the stream within {self._patience_s:g} s") from None
             if isinstance(error, ConnectionClosed):
                 raise refusal(error) from None
             raise
 
-    async def dial(self) -> Socket:
-        """A websocket, on which nothing was said yet; raises `Unreachable`, or what its handshake is refused with."""
-        address = f"ws{self.url.removeprefix('http')}{self.path}"
+    def leave(self, wire: Any = None) -> None:
+        self.addresses.leave()
+
+    @property
+    def _patience_s(self) -> float:
+        return self.timeout_s if len(self.addresses) == 1 else min(self.timeout_s, _ONE_OF_MANY_S)
+
+    async def _anywhere(self, attempt: Callable[[str], Awaitable[T]]) -> T:
+        """At the first address that does not refuse it for reasons of its own; raises what the last of them said."""
+        *others, last = self.addresses.round()
+        for url in others:
+            try:
+                return await self._at(url, attempt)
+            except ELSEWHERE:
+                pass
+        return await self._at(last, attempt)
+
+    async def _at(self, url: str, attempt: Callable[[str], Awaitable[T]]) -> T:
+        self.addresses.use(url)
+        return await attempt(url)
+
+    async def _dial(self, url: str) -> Socket:
+        address = f"ws{url.removeprefix('http')}{self.path}"
         try:
-            return await connect(address, additional_headers=self.headers, open_timeout=self.timeout_s, **_OPTIONS)
+            return await connect(address, additional_headers=self.headers, open_timeout=self._patience_s, **_OPTIONS)
         except InvalidStatus as error:
             raise http_refusal(error.response.status_code, bytes(error.response.body or b"")) from None
         except (OSError, InvalidHandshake, InvalidURI) as error:
-            raise nobody_at(self.url, error) from None
+            raise nobody_at(url, error) from None
 
 
 async def _opened(wire: Wire) -> dict[str, Any]:
@@ -79,9 +113,14 @@ async def _opened(wire: Wire) -> dict[str, Any]:
         message = await wire.recv()
         value: dict[str, Any] = json.loads(message) if isinstance(message, str) else {}
         if value.get("type") in ("error", "draining"):
-            raise error_from(value)
+            raise told(value)
         if value.get("type") == "opened":
             return value
+
+
+def told(message: Mapping[str, Any]) -> ServiceError:
+    """What an `error` or `draining` of the server stands for."""
+    return error_from({"code": "draining", "error": "the service is shutting down", **message} if message.get("type") == "draining" else message)
 
 
 def refusal(closed: ConnectionClosed) -> ServiceError | Unreachable:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import math
-import time
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 from websockets.exceptions import ConnectionClosed
 
 from service import errors, protocol
-from service.client_errors import StreamClosed, Unreachable, error_from
+from service.client_errors import ClientError, StreamClosed, Unreachable
+from service.client_inbox import Inbox
 from service.client_ledger import Ledger, as_frames
-from service.client_socket import Opener, Wire, refusal
+from service.client_notices import Notices, OnNotice, Served
+from service.client_patience import Patience
+from service.client_socket import Opener, Wire, refusal, told
 from service.client_values import Answer, Event, OnEvent, Piece, Retry, Source, Timed, as_times, pieces
-from service.detector import KEPT_EVENTS
 from service.errors import ServiceError
 
 _TEXT, _TEXT_NUMBER, _TEXT_TIME = 128, 20, 32  # bytes of a message as JSON, at most: for itself, for a number with its brackets, for a time
 _GOODBYE_S = 5.0  # how long a server may take to confirm `close`
+_CHANGE_S = 2.0  # how long after `opened` a server may take to say that its model is another one; it says so at once
+_GLANCE_S = 0.05  # the same where that is not likely, and waiting is a delay
+_LEAST_S = 0.1  # that an attempt may take, however late it comes
+_STALLED_S = 5.0  # how long a program may wait for the store before it is told why
 # Refusals that end by themselves; nothing was changed by what was refused. A gap is one of them: a message under way when the connection was
 # lost may take effect after `opened`, so that what was sent again comes too late; the next `opened` counts it.
 _PASSING = (errors.Unavailable, errors.TooMany, errors.Deadline, errors.Gap)
@@ -38,32 +40,33 @@ class AsyncStream:
     Frames sent whose answers are not yet read are at most `window`: beyond it `send` waits until answers are read, so read while you
     send, as `play` does. Every answer is delivered once and in order, whatever happens to the connection.
 
+    Where sessions are kept in a store, a server may die at any moment: the stream goes on elsewhere, and its program notices a pause. For that frames
+    are kept until the store has them, see `Retry`; if that takes long `send` waits.
+
     Events, of models that have rules for them, are in the answer of the frame that decided them. `on_event` hears of the same, each once and in order, as
-    soon as they arrive, and of what a reset has ended although no frame follows; what it raises ends the stream and comes out here.
+    soon as they arrive, and of what a reset has ended although no frame follows. `on_notice` hears `Warned`, and `ModelChanged` before the first answer of
+    the other model, which has it as `changed` as well. What listeners raise ends the stream and comes out here.
 
     Everything raises `ServiceError` (what the server refuses), `Unreachable` (the connection did not come back), `StreamClosed`.
     """
 
-    def __init__(self, opener: Opener, options: Mapping[str, Any], retry: Retry, on_event: OnEvent | None = None) -> None:
+    def __init__(self, opener: Opener, options: Mapping[str, Any], retry: Retry, on_event: OnEvent | None = None, on_notice: OnNotice | None = None) -> None:
         self.session = ""
-        self.model = self.version = self.task = ""
-        self.classes: tuple[str, ...] = ()
         self.frame_shape: tuple[int, ...] = ()
         self.fps = 0.0
         self.window = 1  # frames
-        self.warnings: list[str] = []  # what the server says one should know of this model or stream
+        self.durability: str | None = None  # of what the server calls durable; None: sessions end with it
         self.reconnects = 0
         self.connected = False
-        self._opener, self._options, self._retry, self._on_event = opener, options, retry, on_event
+        self._opener, self._options, self._retry = opener, options, retry
+        self._notices = Notices(on_notice)
         self._ledger = Ledger()
+        self._inbox = Inbox(on_event, self._notices)
         self._turn = asyncio.Lock()  # one `send` at a time
-        self._inbox: deque[Answer] = deque()
-        self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)  # that were told; a server that comes back says again what it kept
-        self._undelivered: deque[Event] = deque()  # whose answer has not come yet
         self._most = self._most_timed = 1  # frames in a message, and in one that carries their times
-        self._attempt = 0  # to come back, since the last answer
-        self._not_before = 0.0  # the server asked to wait until then, on time.monotonic's clock
-        self._reason = "it is lost again whenever it is back"
+        self._patience = Patience(retry)
+        self._began = 0.0  # the present connection
+        self._early: str | bytes | None = None  # that was read while another was looked for
         self._failure: Exception | None = None
         self._closing = False
         self._news = asyncio.Event()
@@ -73,6 +76,28 @@ class AsyncStream:
     def next_frame(self) -> int:
         """Number of the next frame: how many have been handed to `send` over the session's life."""
         return self._ledger.next_frame
+
+    @property
+    def model(self) -> str:
+        return self._inbox.served.name
+
+    @property
+    def version(self) -> str:
+        """Of the model, as its server has it now."""
+        return self._inbox.served.version
+
+    @property
+    def task(self) -> str:
+        return self._inbox.served.task
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._inbox.served.classes
+
+    @property
+    def warnings(self) -> list[str]:
+        """What one should know of this model or stream, each once."""
+        return self._notices.warnings
 
     # ---- opening and closing
 
@@ -87,11 +112,16 @@ class AsyncStream:
         if self._pump is not None:
             raise StreamClosed("a stream is opened once; ask for another")
         wire, opened = await self._opener.open(self._options)
-        self._note(opened)
-        begin = opened["next_frame"]
+        changed = await self._expect_change(wire, _GLANCE_S) if "session" in self._options and opened.get("durability") else None
+        begin = changed["frame"] if changed else opened["next_frame"]
         read, every = min(self._options.get("ack", begin), begin), self._options.get("scores") != "last"
-        self._ledger = Ledger(begin, read, self.window, every=every, origin=opened.get("origin"))
-        self._pump = asyncio.create_task(self._run(wire, begin))
+        self._ledger = Ledger(begin, read, opened["window"], every=every, origin=opened.get("origin"))
+        self._inbox.begin(Served.from_opened(opened), read)
+        self._note(opened)
+        self._ledger.resume(begin)
+        if changed:
+            self._renew(changed)
+        self._pump = asyncio.create_task(self._run(wire))
         try:
             await self._until(lambda: self.connected)
         except BaseException:
@@ -121,39 +151,35 @@ class AsyncStream:
     def _note(self, opened: dict[str, Any]) -> None:
         self.session = opened["session"]
         self.window = self._ledger.window = opened["window"]
-        self.model, self.version, self.task = opened["model"], opened["version"], opened["task"]
-        self.classes, self.frame_shape = tuple(opened["classes"]), tuple(opened["frame_shape"])
-        self.fps = opened["options"]["fps"]
-        room, numbers = opened["limits"]["message_bytes"], math.prod(self.frame_shape)
-        self._most = max(1, min(self.window, (room - protocol.HEADER.size) // (4 * numbers)))
-        self._most_timed = max(1, min(self.window, (room - _TEXT) // (_TEXT_NUMBER * numbers * len(self.frame_shape) + _TEXT_TIME)))
+        self.frame_shape, self.fps = tuple(opened["frame_shape"]), opened["options"]["fps"]
+        self.durability = opened.get("durability")
+        numbers_bytes = 4 * math.prod(self.frame_shape)
+        self._ledger.agree(self.durability is not None, opened.get("horizon", 0), self._retry.frames(numbers_bytes))
+        room, text_bytes = opened["limits"]["message_bytes"], _TEXT_NUMBER * math.prod(self.frame_shape) * len(self.frame_shape) + _TEXT_TIME
+        self._most = max(1, min(self.window, (room - protocol.HEADER.size) // numbers_bytes))
+        self._most_timed = max(1, min(self.window, (room - _TEXT) // text_bytes))
         if (warning := opened.get("warning")) and warning not in self.warnings:
-            self.warnings.append(warning)
+            self._notices.warn(warning)
 
     # ---- the pump: one connection after another
 
-    async def _run(self, wire: Wire, next_frame: int) -> None:
+    async def _run(self, wire: Wire) -> None:
         try:
-            while not await self._serve(wire, next_frame):
-                wire, next_frame = await self._come_back()
+            while not await self._serve(wire):
+                wire = await self._come_back()
             self._failure = StreamClosed("the stream was closed")
         except Exception as error:
             self._failure = error
         finally:
             self._news.set()
 
-    async def _serve(self, wire: Wire, next_frame: int) -> bool:
+    async def _serve(self, wire: Wire) -> bool:
         """Uses one wire to its end. True: closed as agreed; False: lost, to come back; raises what the server refuses for good."""
-        began = time.monotonic()
+        self._began = self._now()
         try:
-            self._ledger.resume(next_frame)
-            if await self._converse(wire):
-                return True
+            return await self._converse(wire) or self._closing
         finally:
             await wire.close()
-        if time.monotonic() - began > self._retry.longest_s:
-            self._attempt = 0
-        return self._closing
 
     async def _converse(self, wire: Wire) -> bool:
         writer = asyncio.create_task(self._write(wire))
@@ -162,7 +188,9 @@ class AsyncStream:
         try:
             return await self._listen(wire)
         except _PASSING as error:
-            self._wait(error)
+            self._lost(error)
+            if isinstance(error, errors.Draining):
+                self._opener.leave(wire)
             return False
         finally:
             self.connected = False
@@ -180,6 +208,9 @@ class AsyncStream:
 
     async def _listen(self, wire: Wire) -> bool:
         """Acts on messages. True: the last one came; False: the connection was lost; raises what the server refuses."""
+        early, self._early = self._early, None
+        if early is not None and self._take(early):
+            return True
         try:
             async for message in wire:
                 if self._take(message):
@@ -188,73 +219,112 @@ class AsyncStream:
             error = refusal(closed)
             if isinstance(error, ServiceError) and not self._closing:
                 raise error from None
+            self._lost(error)
         return False
 
-    def _wait(self, error: ServiceError) -> None:
-        self._reason, self._not_before = str(error), time.monotonic() + error.facts.get("retry_after", 0)
+    def _lost(self, error: Exception) -> None:
+        if self._now() - self._began > self._retry.longest_s:  # it was back, though nothing was answered
+            self._patience.succeeded()
+        self._patience.failed(error, self._now())
 
-    async def _come_back(self) -> tuple[Wire, int]:
-        """Attaches to the session again; raises `Unreachable` after the last attempt, or what the server refuses."""
-        while self._attempt < self._retry.attempts:
-            await asyncio.sleep(max(self._retry.pause_s(self._attempt), self._not_before - time.monotonic()))
-            self._attempt += 1
-            try:  # all scores: of the answers it kept the server would else send the last alone
-                wire, opened = await self._opener.open({**self._options, "scores": "all", "session": self.session, "ack": self._ledger.read})
-            except _PASSING as error:
-                self._wait(error)
-            except Unreachable as error:
-                self._reason = str(error)
+    # ---- coming back
+
+    async def _come_back(self) -> Wire:
+        """Attaches to the session again; raises `Unreachable` when it takes too long, or what the server refuses."""
+        while (pause := self._patience.pause_s(self._now())) is not None:
+            await asyncio.sleep(pause)
+            try:
+                async with asyncio.timeout(max(_LEAST_S, self._patience.left_s(self._now()))):
+                    wire, opened = await self._open_again()
+            except (*_PASSING, Unreachable) as error:
+                self._patience.failed(error, self._now())
+            except TimeoutError:
+                self._patience.failed(Unreachable("no answer"), self._now())
             else:
-                self._note(opened)
-                self.reconnects += 1
-                return wire, opened["next_frame"]
-        raise Unreachable(f"the connection was lost and {self._attempt} attempts to come back failed: {self._reason}")
+                try:
+                    await self._reconcile(wire, opened)
+                except BaseException:
+                    await wire.close()
+                    raise
+                return wire
+        raise Unreachable(f"the connection {self._patience.given_up()}")
+
+    async def _open_again(self) -> tuple[Wire, dict[str, Any]]:
+        options = {name: value for name, value in self._options.items() if name != "version"}  # that it began with; by now it may be gone
+        options["scores"] = "all"  # of the answers it kept the server would else send the last alone
+        try:
+            return await self._opener.open({**options, "session": self.session, "ack": self._ledger.read})
+        except errors.SessionExpired:
+            raise
+        except errors.SessionNotFound:
+            if not self._ledger.whole:
+                raise
+            return await self._opener.open({**options, "version": self.version})  # its server died before the store had heard of it
+
+    async def _reconcile(self, wire: Wire, opened: dict[str, Any]) -> None:
+        """Finds what the server of this wire needs, which may have less than the one before, and another model."""
+        if tuple(opened["frame_shape"]) != self.frame_shape:
+            raise ClientError(f"version {opened['version']} is served now and takes frames of shape {opened['frame_shape']}: open a new stream")
+        served = Served.from_opened(opened)
+        self._note(opened)
+        plain = served.is_like(self._inbox.served) and opened["next_frame"] >= self._ledger.durable
+        changed = None if plain else await self._expect_change(wire, _CHANGE_S)
+        self._inbox.connect(served, opened["next_frame"])
+        if changed is None:
+            self._ledger.resume(opened["next_frame"])
+        else:
+            self._renew(changed)
+        self.reconnects += 1
+
+    async def _expect_change(self, wire: Wire, within_s: float) -> dict[str, Any] | None:
+        """The `model_changed` that comes right after an `opened`, before anything may be sent. Where another message comes, that is heard later."""
+        try:
+            async with asyncio.timeout(within_s):
+                message = await wire.recv()
+        except (TimeoutError, ConnectionClosed):
+            return None
+        if isinstance(message, str):
+            value: dict[str, Any] = json.loads(message)
+            if value.get("type") == "model_changed":
+                return value
+        self._early = message
+        return None
+
+    def _renew(self, message: Mapping[str, Any]) -> None:
+        """Another model begins with nothing: it is shown what is left of its past."""
+        begin = self._ledger.renew(message["frame"], message["warm_from"])
+        self._inbox.change(message, begin)
+        if begin > (lost := self._ledger.received):
+            self._notices.warn(f"answers of frames {lost} to {begin - 1} went with the model that gave them", "answers_forgotten")
+            self._ledger.forgo(begin)
+
+    # ---- what comes
 
     def _take(self, message: str | bytes) -> bool:
         """Acts on one message; whether it was the last."""
         if isinstance(message, bytes):
-            self._take_scores(message)
+            if self._inbox.take_scores(message, self._ledger, self.fps):
+                self._patience.succeeded()
+            self._news.set()
             return False
         value = json.loads(message)
         match value.get("type"):
             case "error" | "draining":
-                raise error_from(value)
+                raise told(value)
             case "warning":
-                self.warnings.append(value["warning"])
+                self._notices.warn(value["warning"], value.get("code", ""))
                 self._ledger.forgo(value.get("kept_from", 0))
             case "event":
-                self._take_event(Event.from_json(value))
+                self._inbox.take_event(Event.from_json(value))
             case "durable":
                 self._ledger.secure(value["frame"])
+            case "model_changed":  # of a session that another program has streamed before, whose frames are not here
+                self._inbox.change(value, value["frame"])
         self._news.set()
         return bool(value.get("type") == "closed")
 
-    def _take_scores(self, message: bytes) -> None:
-        _, kind, _, count, first = protocol.HEADER.unpack_from(message)
-        if kind != protocol.KIND_SCORES or not count:
-            return
-        scores = np.frombuffer(message, "<f4", offset=protocol.HEADER.size).reshape(count, -1)
-        classes = self.classes if self.task == "classification" else ()
-        for frame in self._ledger.take(first, count):
-            time = self._ledger.time(frame)
-            answer = Answer.from_scores(frame, frame / self.fps if time is None else time, scores[frame - first], classes)
-            self._inbox.append(dataclasses.replace(answer, events=self._events_until(frame)) if self._undelivered else answer)
-        self._attempt = 0
-        self._news.set()
-
-    def _take_event(self, event: Event) -> None:
-        if event not in self._events:
-            self._events.append(event)
-            self._undelivered.append(event)
-            if self._on_event is not None:
-                self._on_event(event)
-
-    def _events_until(self, frame: int) -> tuple[Event, ...]:
-        """Those that were decided at or before the frame and belong to no answer yet."""
-        events = []
-        while self._undelivered and self._undelivered[0].decided <= frame:
-            events.append(self._undelivered.popleft())
-        return tuple(events)
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     # ---- sending and reading
 
@@ -285,8 +355,18 @@ class AsyncStream:
             self._news.set()
 
     async def _room(self, count: int) -> None:
-        """Waits until `count` more frames fit into the window of a stream that is open."""
-        await self._until(lambda: self._failure is None and not self._closing and self._ledger.fits(count))
+        """Waits until `count` more frames fit into the window of a stream that is open, and what was sent before needs not all be kept."""
+
+        def fits() -> bool:
+            return self._failure is None and not self._closing and self._ledger.fits(count)
+
+        while not fits():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_STALLED_S):
+                    await self._until(fits)
+            if self._ledger.brims(count) and not fits():
+                why = "sending waits: the store of sessions has not confirmed the frames sent so far, and no more of them can be kept here"
+                self._notices.warn(why, "not_durable")
 
     def __aiter__(self) -> Self:
         return self
@@ -294,7 +374,7 @@ class AsyncStream:
     async def __anext__(self) -> Answer:
         """The next answer; waits for it without end while the stream is open. Stops when the stream was closed."""
         try:
-            await self._until(lambda: bool(self._inbox))
+            await self._until(lambda: bool(self._inbox.answers))
         except StreamClosed:
             raise StopAsyncIteration from None
         return self._pop()
@@ -313,8 +393,8 @@ class AsyncStream:
 
         try:
             while True:
-                await self._until(lambda: bool(self._inbox) or over())
-                if not self._inbox:
+                await self._until(lambda: bool(self._inbox.answers) or over())
+                if not self._inbox.answers:
                     break
                 yield self._pop()
             await feeder
@@ -335,7 +415,7 @@ class AsyncStream:
             await self._news.wait()
 
     def _pop(self) -> Answer:
-        answer = self._inbox.popleft()
+        answer = self._inbox.answers.popleft()
         self._ledger.mark_read(answer.frame)
         self._news.set()
         return answer

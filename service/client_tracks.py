@@ -13,11 +13,13 @@ from websockets.exceptions import ConnectionClosed
 
 from service import protocol
 from service.client_errors import StreamClosed
+from service.client_notices import OnNotice
 from service.client_socket import Dialer, Socket
 from service.client_stream import AsyncStream
 from service.client_values import OnEvent, Retry, StreamOptions, opening
 
 _GOODBYE_S = 5.0  # how long a connection may take to let the last word out
+_LAST = ("closed", "error", "draining")  # types of messages after which a track hears no other
 _NUMBERS = range(1, 2**16)  # 0 is left to those who name no track: what comes for it is about the connection
 
 
@@ -39,9 +41,9 @@ class AsyncTracks:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    def stream(self, *, on_event: OnEvent | None = None, **options: Unpack[StreamOptions]) -> AsyncStream:
+    def stream(self, *, on_event: OnEvent | None = None, on_notice: OnNotice | None = None, **options: Unpack[StreamOptions]) -> AsyncStream:
         """A stream on a new session, or on `session`; options as those of `AsyncClient.stream`. Nothing is sent before it is entered or opened."""
-        stream = AsyncStream(self._carrier, opening(options), self._retry, on_event)
+        stream = AsyncStream(self._carrier, opening(options), self._retry, on_event, on_notice)
         self._streams.add(stream)
         return stream
 
@@ -59,8 +61,8 @@ class _Carrier:
     def __init__(self, dialer: Dialer) -> None:
         self._dialer = dialer
         self._dialling = asyncio.Lock()
-        self._socket: Socket | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._socket: Socket | None = None  # for new tracks
+        self._readers: dict[asyncio.Task[None], Socket] = {}
         self._tracks: dict[int, _Track] = {}
         self._number = 0
         self._closed = False
@@ -71,7 +73,9 @@ class _Carrier:
                 raise StreamClosed("these tracks were closed")
             if self._socket is None:
                 self._socket = await self._dialer.dial()
-                self._reader = asyncio.create_task(self._read(self._socket))
+                reader = asyncio.create_task(self._read(self._socket))
+                self._readers[reader] = self._socket
+                reader.add_done_callback(self._readers.pop)
             track = _Track(self, self._socket, self._free_number())
             self._tracks[track.number] = track
         return track, await self._dialer.begin(track, options)
@@ -79,11 +83,13 @@ class _Carrier:
     async def close(self) -> None:
         self._closed = True
         async with self._dialling:
-            socket, reader = self._socket, self._reader
-        if socket is not None:
-            await socket.close()
-        if reader is not None:
-            await asyncio.wait({reader})
+            readers = dict(self._readers)
+        if readers:
+            await asyncio.gather(*(socket.close() for socket in readers.values()))
+            await asyncio.wait(readers)
+
+    def leave(self, wire: Any) -> None:
+        """Nothing: a server that goes away tells the connection, not each track; what it tells a track alone is about that track's model."""
 
     def forget(self, track: _Track) -> None:
         if self._tracks.get(track.number) is track:
@@ -101,22 +107,27 @@ class _Carrier:
         try:
             while True:
                 message = await socket.recv()
-                number, last = _address(message)
+                number, kind = _address(message)
                 for track in [self._tracks.get(number)] if number else list(self._tracks.values()):
-                    if track is not None:
-                        track.put(message, last=last)
+                    if track is not None and track.socket is socket:
+                        track.put(message, last=kind in _LAST)
+                if not number and kind == "draining" and self._socket is socket:
+                    self._socket = None  # what is opened from now on is opened elsewhere
+                    self._dialer.leave()
         except ConnectionClosed as closed:
-            self._socket = None
+            if self._socket is socket:
+                self._socket = None
             for track in list(self._tracks.values()):
-                track.put(closed, last=True)
+                if track.socket is socket:
+                    track.put(closed, last=True)
 
 
-def _address(message: str | bytes) -> tuple[int, bool]:
-    """A message's track, 0 where it names none, and whether it is the last for it."""
+def _address(message: str | bytes) -> tuple[int, str]:
+    """A message's track, 0 where it names none, and its type, "" where it is bytes."""
     if isinstance(message, bytes):
-        return protocol.HEADER.unpack_from(message)[2], False
+        return protocol.HEADER.unpack_from(message)[2], ""
     value = json.loads(message)
-    return value.get("track", 0), value.get("type") in ("closed", "error", "draining")
+    return value.get("track", 0), value.get("type", "")
 
 
 class _Track:
@@ -125,7 +136,7 @@ class _Track:
     def __init__(self, carrier: _Carrier, socket: Socket, number: int) -> None:
         self.number = number
         self._carrier = carrier
-        self._socket = socket
+        self.socket = socket
         self._inbox: asyncio.Queue[str | bytes | ConnectionClosed] = asyncio.Queue()
         self._over = False
 
@@ -137,9 +148,9 @@ class _Track:
     async def send(self, message: str | bytes) -> None:
         if isinstance(message, bytes):
             version, kind, _, count, first = protocol.HEADER.unpack_from(message)
-            await self._socket.send(protocol.HEADER.pack(version, kind, self.number, count, first) + message[protocol.HEADER.size :])
+            await self.socket.send(protocol.HEADER.pack(version, kind, self.number, count, first) + message[protocol.HEADER.size :])
         else:
-            await self._socket.send(f'{message[:-1]},"track":{self.number}}}')  # a JSON object that is not empty, and may be long
+            await self.socket.send(f'{message[:-1]},"track":{self.number}}}')  # a JSON object that is not empty, and may be long
 
     async def recv(self) -> str | bytes:
         message = await self._inbox.get()

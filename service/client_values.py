@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from service.client_notices import ModelChanged
 from service.errors import WrongTime
 
 Frames = npt.NDArray[np.float32]
@@ -34,15 +35,25 @@ Source = Frames | Iterable[Piece] | AsyncIterable[Piece]
 
 @dataclass(frozen=True)
 class Retry:
-    """How a lost stream comes back: pauses double from `first_s` to `longest_s`; `attempts` in a row without an answer are the end."""
+    """How a lost stream comes back: at once, then after pauses that double from `first_s` to `longest_s`, until `give_up_s` have passed without an answer.
 
-    attempts: int = 10
+    And what it keeps for that. Frames that would not survive the end of their server are kept in any case, at most `keep_frames` of them in `keep_bytes`: then
+    `send` waits. What is left of both holds older frames, with which another version of the model is warmed up.
+    """
+
+    give_up_s: float = 60.0
     first_s: float = 0.1
     longest_s: float = 5.0
+    keep_frames: int = 4096
+    keep_bytes: int = 16 * 2**20
 
     def pause_s(self, attempt: int) -> float:
-        """Before attempt 0, 1, ...; up to half of it is chance, so that many clients do not come back at once."""
-        return float(min(self.longest_s, self.first_s * 2.0**attempt) * random.uniform(0.5, 1.0))
+        """After attempt 0, 1, ...; up to half of it is chance, so that many clients do not come back at once."""
+        return float(min(self.longest_s, self.first_s * 2.0 ** min(attempt, 60)) * random.uniform(0.5, 1.0))
+
+    def frames(self, frame_bytes: int) -> int:
+        """How many frames of this size are kept at most."""
+        return max(1, min(self.keep_frames, self.keep_bytes // frame_bytes))
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Answer:
     """What the model says at one frame of a stream, or at the last frame of a clip or message.
 
     `label`, `score` and `top` (best first) exist for classification only. `scores` has shape (classes,); (count, classes) where a call
-    asked for `scores="all"`; None where it asked for none. `events` are what its frames decided.
+    asked for `scores="all"`; None where it asked for none. `events` are what its frames decided. `changed` says that it is the first of another model.
     """
 
     frame: int  # of the stream, as the client counts
@@ -105,6 +116,7 @@ class Answer:
     top: tuple[tuple[str, float], ...] = field(repr=False)
     scores: Scores | None = field(repr=False)
     events: tuple[Event, ...] = field(default=(), repr=False)
+    changed: ModelChanged | None = field(default=None, repr=False)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Answer:
