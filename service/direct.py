@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
-import structlog
 from starlette.types import Scope
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -24,8 +23,6 @@ from service.runner import Suspect
 from service.shortcut import Departure, Found, Service
 
 _LONGEST = 2**16  # bytes of a body; what is longer is read piece by piece, and refused before all of it is there
-
-log = structlog.get_logger("direct")
 
 
 class Passage:
