@@ -15,6 +15,7 @@ from service import calls
 from service.errors import Malformed, NotSupported, ServiceError, TooMany
 from service.gate import Gate
 from service.grpc_edge import Edge, abort
+from service.grpc_gather import Gather
 from service.grpc_messages import ModelInferRequest, ModelStreamInferResponse, message_class
 from service.grpc_status import facts_of
 from service.grpc_stream import Stream
@@ -40,6 +41,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, predictor: Predictor, sequences: Sequences, gate: Gate, settings: Settings) -> None:
         self._predictor, self._sequences, self._gate, self._settings = predictor, sequences, gate, settings
         self._edge = Edge(predictor.metrics, predictor.traces, settings.log_level == "debug")
+        self._gather = Gather()
         self._streams: set[Stream] = set()
         self._draining = False
         self._handlers = {
@@ -102,7 +104,10 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         if asked.step is not None:
             self._gate.check_origin(headers)  # the id may be guessed, by any page that the user has open
         name, version = message.model_name, message.model_version or None
-        return write_response(asked, name, await calls.infer(self._predictor, self._sequences, name, version, asked, size_of(message)))
+        await self._gather.join()
+        with self._gather.under_way():
+            done = await calls.infer(self._predictor, self._sequences, name, version, asked, size_of(message))
+        return write_response(asked, name, done)
 
     async def _stream(self, _: Any, context: Any) -> None:
         headers = _headers(context)
