@@ -183,3 +183,16 @@ def test_at_a_stop_whole_requests_are_answered_and_others_told(start: Callable[.
             assert (status, json.loads(body)["code"]) == (503, "draining")
             assert is_closed(idle)
     assert "Traceback" not in server.errors()
+
+
+def test_whoever_listens_hears_of_every_request(start: Callable[..., Any]) -> None:
+    with start("--log-level", "debug") as server, httpx.Client(base_url=server.url) as http:
+        url = session(http)
+        with connection(server) as sock:
+            sock.sendall(step(url, 0))
+            ((status, headers, _),) = answers(sock, 1)
+        server.stop()  # a line is written after its answer
+        lines = [json.loads(line) for line in server.errors().splitlines()]
+    assert status == 200
+    (heard,) = [line for line in lines if line["event"] == "request" and line["request"] == headers["x-request-id"]]
+    assert (heard["route"], heard["status"]) == ("/v1/sessions/{session_id}/frames", 200)

@@ -139,3 +139,26 @@ def test_plain_queries_are_read_without_fastapi() -> None:
     assert routes._read_clip_query(b"version=9&top_k=2&fps=12.5") == ("9", (("top_k", 2), ("fps", 12.5)))
     for query in (b"first=1&first=2", b"first=-1", b"scores=%61ll", b"scores=some", b"scores", b"version=9", b"first=99999999999999999999"):
         assert routes._read_frames_query(query) is None, query
+
+
+numbers = st.integers(-2, 4) | st.floats(-3, 3, width=32) | st.sampled_from([1e6, 1000000.01, -1e7, 2**64, True, None, "1"])
+frame = st.lists(st.floats(-3, 3, width=32), min_size=3, max_size=3) | st.lists(numbers, min_size=2, max_size=4) | numbers
+bodies = st.fixed_dictionaries(
+    {"first": st.integers(0, 2) | numbers, "frames": st.lists(frame, max_size=3) | numbers},
+    optional={"ack": numbers, "t": st.lists(numbers, max_size=3), "more": numbers},
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    messages=st.lists(bodies | bodies.map(lambda body: {**body, "first": 0}), min_size=1, max_size=3),
+    name=st.sampled_from(["channels", "gappy-channels", "gestures"]),
+)
+def test_json_bodies_mean_the_same_on_both_ways(http: httpx.Client, messages: list[dict[str, object]], name: str) -> None:
+    answers = []
+    for query in ("scores=all", the_long_way("scores=all")):
+        session = http.post(f"/v1/models/{name}/sessions").json()["session"]
+        answers.append([outcome(http.post(f"/v1/sessions/{session}/frames?{query}", json=body)) for body in messages])
+        answers[-1].append([http.get(f"/v1/sessions/{session}").json()[place] for place in ("next_frame", "kept_from")])
+        http.delete(f"/v1/sessions/{session}")
+    assert answers[0] == answers[1]
