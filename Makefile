@@ -21,7 +21,7 @@ $(error DEVICE is cpu or gpu, not $(DEVICE))
 endif
 
 .DEFAULT_GOAL = help
-.PHONY: help serve dev test test-service lint bench bench-rivals bench-training bench-endless bench-rates models lock clean
+.PHONY: help serve dev test test-service lint bench bench-rivals bench-training bench-endless bench-rates plan models lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -42,7 +42,7 @@ test: $(DEV)/.installed ## lint, types and all tests (ARGS="-k name", ARGS="test
 	test $$lint = 0 || { echo "The tests passed, lint did not: see above." >&2; exit $$lint; }
 
 test-service: $(TEST_SERVICE)/.installed ## tests of the serving half, in an environment without torch
-	@$(TEST_SERVICE)/bin/python -m pytest $(wildcard tests/service tests/docker tests/bench tests/test_*.py) $(ARGS)
+	@$(TEST_SERVICE)/bin/python -m pytest $(wildcard tests/service tests/docker tests/bench tests/simulation tests/test_*.py) $(ARGS)
 
 lint: $(DEV)/.installed ## ruff and mypy
 	@failed=0; for check in "ruff check" "ruff format --check" mypy; do echo "$$check"; $(DEV)/bin/$$check || failed=1; done; exit $$failed
@@ -63,6 +63,9 @@ bench-endless: $(DEV)/.installed ## one session of 1 000 000 frames that never e
 bench-rates: $(DEV)/.installed ## the same streams at other frame rates: DATA=ui-prmd-kinect-xyz.npz; minutes
 	@test -n "$(DATA)" || { echo "say where the data lies: make $@ DATA=.../ui-prmd-kinect-xyz.npz" >&2; exit 2; }
 	@$(DEV)/bin/python -m tests.bench.rates --data "$(DATA)" $(ARGS)
+
+plan: $(TEST_SERVICE)/.installed ## replicas, stores and failover times for many streams, into docker/README.md (ARGS=--measure: the costs anew)
+	@$(TEST_SERVICE)/bin/python -m tests.simulation --write $(ARGS)
 
 models: $(DEV)/.installed ## train and export the shipped models again: UI_PRMD=ui-prmd-kinect-xyz.npz FINGER_POINTS=point_history.csv.gz
 	@test -n "$(UI_PRMD)" && test -n "$(FINGER_POINTS)" || { echo "say where the data lies: make models UI_PRMD=.../ui-prmd-kinect-xyz.npz FINGER_POINTS=.../point_history.csv.gz"; exit 2; }
