@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -280,9 +281,31 @@ def test_nginx_does_in_its_place(stack: Stack, clip: Frames, undisturbed: Told) 
         stack.wait_until_healthy(3)
 
 
-def test_more_replicas_are_found(stack: Stack) -> None:
-    stack.compose("up", "--detach", "--no-recreate", "--scale", "indrnn=4", "indrnn", timeout_s=120)
-    stack.wait_until_healthy(4)
-    wait_for(lambda: ready_servers(stack) == 4, "HAProxy sees the fourth")
-    stack.compose("up", "--detach", "--no-recreate", "--scale", "indrnn=3", "indrnn", timeout_s=120)
-    wait_for(lambda: ready_servers(stack) == 3, "HAProxy forgets it")
+def test_all_replicas_are_replaced_under_streams(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    old = {container["Id"] for container in stack.containers()}
+    environment = {**stack.environment, "COMPOSE_FILE": ":".join(SCALED), "COMPOSE_PROJECT_NAME": stack.project}
+    found: list[int] = []
+
+    def watch() -> None:
+        while rolling.is_alive():
+            found.append(ready_servers(stack))
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor() as threads:
+        rolled = threads.submit(run, ["docker/roll.sh"], environment, 180)
+        rolling = threading.Thread(target=rolled.exception)
+        rolling.start()
+        watched = threads.submit(watch)
+        rounds = 0
+        while rolling.is_alive() or not rounds:  # streams begin and end all the time, the last of them after the roll
+            told = play(stack, clip)
+            assert told.frames == list(range(FRAMES))
+            np.testing.assert_array_equal(told.scores, undisturbed.scores)
+            rounds += 1
+        rolled.result()
+        watched.result()
+    new = {container["Id"] for container in stack.containers()}
+    assert len(new) == 3
+    assert not new & old
+    assert max(found) == 6  # HAProxy had found the new ones before the old ones went
+    wait_for(lambda: ready_servers(stack) == 3, "HAProxy forgets the old ones")
