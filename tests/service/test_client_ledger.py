@@ -228,3 +228,127 @@ def test_frames_are_checked_and_copied() -> None:
             as_frames(wrong, SHAPE)
     with pytest.raises(Empty):
         as_frames(np.zeros((0, 2)), SHAPE)
+
+
+# Where a server may die
+
+
+def answered(books: Ledger, count: int) -> None:
+    """So many frames go, and their answers come and are read."""
+    for first in range(books.next_frame, books.next_frame + count):
+        put(books, 1)
+        written(books)
+        read(books, *books.take(first, 1))
+
+
+def test_frames_are_kept_until_they_are_durable_and_a_horizon_longer() -> None:
+    books = ledger()
+    books.agree(True, 3, 100)
+    answered(books, 20)
+    books.resume(0)
+    books.secure(12)
+    with pytest.raises(Gap, match="frames 9 to 20"):
+        books.resume(8)
+    books.resume(9)
+    books.secure(5)  # an older promise takes nothing back
+    with pytest.raises(Gap):
+        books.resume(8)
+    books.secure(20)
+    with pytest.raises(Gap):
+        books.resume(16)
+    books.resume(17)
+
+
+def test_a_server_without_a_store_is_believed_to_remember_but_for_the_horizon() -> None:
+    books = ledger()
+    books.agree(False, 2, 100)
+    answered(books, 10)
+    books.resume(8)
+    with pytest.raises(Gap):
+        books.resume(7)
+    books.agree(True, 2, 100)  # the next one has a store, which need not have what the one before had
+    answered(books, 10)
+    books.resume(8)
+
+
+def test_no_more_is_kept_than_was_allowed_and_older_frames_go_first() -> None:
+    books = ledger(window=4)
+    books.agree(True, 1000, 10)
+    answered(books, 10)
+    assert not books.fits(1)
+    assert books.brims(1)
+    books.resume(0)
+    written(books)
+    books.secure(6)
+    assert books.fits(4)
+    books.resume(0)  # the horizon has the room that is left
+    read(books, *books.take(0, 10))
+    answered(books, 4)
+    with pytest.raises(Gap, match="frames 4 to 14"):
+        books.resume(3)
+    assert not books.fits(3)
+
+
+def test_a_session_may_be_begun_anew_while_nothing_was_promised() -> None:
+    books = ledger()
+    assert not books.whole
+    books.agree(True, 0, 100)
+    answered(books, 5)
+    assert books.whole
+    books.secure(1)
+    assert not books.whole
+    later = ledger(next_frame=3)
+    later.agree(True, 0, 100)
+    assert not later.whole
+
+
+def test_another_model_is_shown_the_horizon_again_and_its_answers_are_not_new() -> None:
+    books = ledger(window=8)
+    books.agree(True, 4, 100)
+    answered(books, 10)
+    books.secure(8)
+    put(books, 2)
+    assert books.renew(10, 6) == 6
+    assert written(books) == [("frames", 6, 1), ("frames", 7, 1), ("frames", 8, 1), ("frames", 9, 1), ("frames", 10, 2)]
+    assert books.take(6, 4) == []
+    assert books.changed_at == 10
+    assert written(books) == [("ack", 10)]
+    assert books.take(10, 2) == [10, 11]
+
+
+def test_what_was_taken_and_not_answered_is_answered_by_the_other_model() -> None:
+    books = ledger(window=8)
+    books.agree(True, 4, 100)
+    answered(books, 3)
+    put(books, 4)
+    written(books)
+    assert books.renew(7, 3) == 3
+    assert books.changed_at == 3
+    assert written(books) == [("frames", 3, 4)]
+    assert books.take(3, 4) == [3, 4, 5, 6]
+
+
+def test_another_model_begins_after_a_reset_and_need_not_be_told_of_it() -> None:
+    books = ledger(window=16)
+    books.agree(True, 10, 100)
+    answered(books, 4)
+    books.reset()
+    answered(books, 4)
+    assert books.renew(8, 0) == 4
+    assert written(books) == [("frames", frame, 1) for frame in range(4, 8)]
+    books.reset()
+    put(books, 2)
+    assert books.renew(8, 0) == 8
+    assert written(books) == [("frames", 8, 2)]
+
+
+def test_a_reset_among_frames_that_wait_for_their_answers_is_told_in_its_place() -> None:
+    books = ledger(window=16)
+    books.agree(True, 2, 100)
+    answered(books, 4)
+    put(books, 1)
+    books.reset()
+    put(books, 2)
+    written(books)
+    assert books.renew(7, 2) == 2
+    assert written(books) == [("frames", 2, 1), ("frames", 3, 1), ("frames", 4, 1), ("reset", 5), ("frames", 5, 2)]
