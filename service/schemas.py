@@ -222,4 +222,5 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         501: "not_supported",
         503: "overloaded, draining, model_loading, model_not_ready; with Retry-After",
     }
-    return {status: {"model": ErrorBody, "description": titles[status]} for status in (*statuses, 401)}
+    schema = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}}}  # a model for each makes the start longer
+    return {status: {"description": titles[status], **({"model": ErrorBody} if status == 401 else schema)} for status in (*statuses, 401)}
