@@ -73,7 +73,7 @@ class Keeper:
         await self._checkpoints.__aenter__()
         self._go(self._keep_alive())
         self._go(self._watch())
-        self._metrics.store_degraded.set_function(lambda: float(self.health().degraded_since is not None))
+        self._metrics.store_degraded.set_function(lambda: float(self.down))
         self._metrics.store_unsaved.set_function(lambda: self.health().unsaved)
 
     async def stop(self) -> None:
@@ -87,6 +87,11 @@ class Keeper:
         """Saves what is not saved yet."""
         if left := await self._checkpoints.drain(within_s):
             log.warning("sessions could not be saved before the end", sessions=len(left))
+
+    @property
+    def down(self) -> bool:
+        """Whether the store does not save what it is told to."""
+        return self._checkpoints.degraded
 
     def health(self) -> Health:
         return self._checkpoints.health()
@@ -104,7 +109,7 @@ class Keeper:
 
     def check_open(self) -> None:
         """Raises `StoreUnavailable` where work is refused while the store is down."""
-        if self.refuses and self.health().degraded_since is not None:
+        if self.refuses and self.down:
             raise StoreUnavailable("the store of sessions is down, and work without it is refused", retry_after=1)
 
     # ---- whose a session is
@@ -118,7 +123,7 @@ class Keeper:
         return session if session is not None else await self._alone(session_id, self._take_up)
 
     async def resume(self, session_id: str) -> Session:
-        """As `find`, for a connection that is going to stream it: certainly the latest copy there is."""
+        """As `find`, for a connection that is going to stream it: certainly the latest copy there is, so only while the store is up."""
         return await self._alone(session_id, self._resume)
 
     def forget(self, session: Session) -> None:
@@ -156,12 +161,20 @@ class Keeper:
         raise TakenOver("the session is used in several places at once")
 
     async def flush(self, session: Session) -> None:
-        """Waits until the session is as durable as configured; raises `TakenOver`, `SessionNotFound`, or `StoreUnavailable` where it must be."""
-        try:
-            await self._checkpoints.flush(session.id)
-        except StoreUnavailable:
-            if self.refuses:
-                raise
+        """Waits until the session is as durable as configured, or until it is known that the store is down, which `down` says then.
+
+        Raises `TakenOver`, `SessionNotFound`, or `StoreUnavailable` where it must be durable, and where the store is neither up nor down.
+        """
+        for attempt in range(1, TRIES + 1):
+            try:
+                return await self._checkpoints.flush(session.id)
+            except StoreUnavailable:
+                if self.refuses:
+                    raise
+                if self.down:
+                    return
+                if attempt == TRIES:  # else it is back already: an answer without a warning would promise what is not so
+                    raise
 
     def ended(self, session: Session, cause: Cause) -> None:
         """The copy here has ended; with it the session itself, unless it only moves."""
@@ -188,13 +201,9 @@ class Keeper:
         return session
 
     async def _is_stale(self, session: Session) -> bool:
-        """Whether another process has taken it up since; then this copy is given up."""
-        try:
-            held = await self.store.load(session.id)
-        except StoreUnavailable:
-            if self.refuses:
-                raise
-            return False
+        """Whether another process has taken it up since; then this copy is given up. Raises `StoreUnavailable` where nobody can say: to go on from a copy
+        that may be an old one would ask the client for frames that it was told are safe."""
+        held = await self.store.load(session.id)
         error: ServiceError = TakenOver("another process has taken this session over", next_frame=session.next_frame)
         if held is None:  # the store was emptied and is to be filled again, or the session was ended elsewhere: saving it tells
             self.changed(session.id, session.next_frame)
@@ -268,7 +277,7 @@ class Keeper:
         told = False
         while True:
             await asyncio.sleep(LOOK_S)
-            down = self.health().degraded_since is not None
+            down = self.down
             if down and not told:
                 error = StoreUnavailable("the store of sessions is down: until it is back, a crash loses what comes now", retry_after=1)
                 for session in self._house.live():

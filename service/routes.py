@@ -302,7 +302,7 @@ def _checked_id(request: Request, session_id: str) -> str:
 
 def _said(predictor: Predictor, response: Response) -> Response:
     """The answer to a step; that it is in memory alone is said in a header."""
-    if predictor.keeper is not None and predictor.keeper.health().degraded_since is not None:
+    if predictor.keeper is not None and predictor.keeper.down:
         response.headers["warning"] = '199 - "the store of sessions is down: a crash would lose this step"'
     return response
 
