@@ -15,6 +15,7 @@ from service.protocol import check_fields, read_object
 _JSON = ("application/json", "", "application/x-www-form-urlencoded")  # the last is what curl -d says when nobody tells it better
 _RAW = ("application/octet-stream",)
 _NPY = ("application/x-npy", "application/npy", "application/x-numpy")
+_USUAL = {kind.encode(): kind for kind in ("application/json", "application/octet-stream")}  # as nearly all are written
 KINDS = (*_JSON, *_RAW, *_NPY)  # of bodies that carry frames
 
 
@@ -84,7 +85,8 @@ def read_json(body: bytes, required: tuple[str, ...], optional: tuple[str, ...] 
 
 
 def media_type_of(headers: Mapping[bytes, bytes]) -> str:
-    return headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
+    value = headers.get(b"content-type", b"")
+    return _USUAL.get(value) or value.partition(b";")[0].strip().lower().decode("latin-1")
 
 
 async def _part(receive: Receive) -> Message:

@@ -97,18 +97,23 @@ class FrameReader:
             raise Empty("no frames: send at least one")
         return self._checked(np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C"), first)
 
-    def _packed(self, value: list[Any], literals: bool) -> Frames | None:
-        """The fast path: lists of plain numbers in the right shape, each below `LARGEST`; None says nothing, the slow path then names the fault, if any.
+    def pack(self, value: Any, literals: bool) -> bytes | None:
+        """Lists of plain numbers in the right shape as float32, whose size is yet to be checked (`all_fine`); None says nothing.
 
         `struct` takes numbers and nothing else, as many as it was told, but for true and false, which it takes for 1 and 0.
         """
         try:
-            packed = b"".join([self._pack(*self._flat(frame, literals)) for frame in value])
+            return b"".join([self._pack(*self._flat(frame, literals)) for frame in value])
         except (TypeError, ValueError, OverflowError, struct.error):
             return None
+
+    def _packed(self, value: list[Any], literals: bool) -> Frames | None:
+        """The fast path; None says nothing, the slow path then names the fault, if any."""
+        packed = self.pack(value, literals)
+        if not packed:
+            return None
         frames = np.frombuffer(packed, np.float32).reshape(-1, *self.shape)
-        # At `LARGEST` itself the double before rounding decides.
-        return frames if _largest_bits(frames) < _LARGEST_BITS else None
+        return frames if all_fine(frames) else None
 
     def _flat(self, frame: Any, literals: bool) -> Any:
         """The values of one frame; raises `TypeError` or `ValueError` where lists inside have wrong lengths, and for true and false."""
@@ -201,18 +206,14 @@ class LayoutMap:
 
 
 def all_fine(frames: npt.NDArray[Any]) -> bool:
-    """Whether these are float32 in C order, each finite and no larger than `LARGEST`; False says nothing.
+    """Whether these are float32 in C order, each finite and below `LARGEST`; False says nothing: at `LARGEST` the double from which it was rounded decides.
 
     Without their sign the bits of floats are ordered as the floats are, with infinities and NaN above: less than half the time of comparing floats,
     which matters for live frames that come one by one.
     """
-    return frames.dtype == _F4 and frames.flags.c_contiguous and bool(_largest_bits(frames) <= _LARGEST_BITS)
-
-
-def _largest_bits(frames: npt.NDArray[Any]) -> np.uint32:
-    """Of the largest magnitude among float32 in C order."""
-    bits: np.uint32 = np.maximum.reduce(frames.view(_BITS) & _WITHOUT_SIGN, axis=None)
-    return bits
+    if frames.dtype != _F4 or not frames.flags.c_contiguous:
+        return False
+    return bool(np.maximum.reduce(frames.view(_BITS) & _WITHOUT_SIGN, axis=None) < _LARGEST_BITS)
 
 
 def _further_sources(sources: tuple[tuple[int, ...], ...]) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:

@@ -72,8 +72,11 @@ def prepare(predictor: Predictor, session: Session, first: int, payload: Payload
     if session.ended is not None or session.queued or first != session.next_frame or payload.t is not None or payload.size > _LARGE:
         return None
     reader = predictor.reader(session)
-    if payload.form == "raw" and reader.raw_bytes > 0:
-        return Departure(predictor, session, first, len(payload.value) // reader.raw_bytes, memoryview(payload.value), False, options)
+    if payload.form in ("raw", "json") and reader.raw_bytes > 0:  # the numbers are looked at together with those of the batch
+        packed = payload.value if payload.form == "raw" else reader.pack(payload.value, payload.literals)
+        if not packed:
+            return None
+        return Departure(predictor, session, first, len(packed) // reader.raw_bytes, memoryview(packed), False, options)
     try:
         frames = payload.read(reader, first)
     except ServiceError:  # perhaps not the first thing that is wrong
