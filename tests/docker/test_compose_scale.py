@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
+import random
 import secrets
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service.client import Client
+from service.client import Answer, AsyncClient, Client
+from tests import toy_models
 from tests.docker.compose_stack import ROOT, Stack, bare_environment, free_port, need, need_image, run
 from tests.docker.test_balancers import HAPROXY, NGINX, PROMETHEUS, SCALED, VALKEY
+from tests.toy_models import CHANNELS
 
-MODEL = "rehab-exercises"
+MODEL, OWN = "rehab-exercises", "own-model"
 FRAMES, AT, RATE = 240, 80, 60.0  # of a stream, before what happens to it, a second
 STALL_S = 10.0  # on a machine with other work; the report says what it was
 
@@ -32,7 +37,17 @@ Frames = npt.NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
+def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of models as they are before and after a rolling update: the version of the first is gone from the second."""
+    folders = {version: tmp_path_factory.mktemp(f"version-{version}") for version in ("1", "2")}
+    for extra, (version, folder) in enumerate(folders.items()):
+        toy_models.write_toy(folder, OWN, dataclasses.replace(CHANNELS, units=CHANNELS.units + 8 * extra), version=version)
+        folder.chmod(0o755)  # for the container's user
+    return folders
+
+
+@pytest.fixture(scope="module")
+def stack(versions: dict[str, Path]) -> Iterator[Stack]:
     need("docker", "compose", "version")
     images = {
         "VALKEY_IMAGE": need_image("VALKEY_IMAGE", *VALKEY),
@@ -40,12 +55,19 @@ def stack() -> Iterator[Stack]:
         "PROMETHEUS_IMAGE": need_image("PROMETHEUS_IMAGE", *PROMETHEUS),
     }
     port, watch = free_port(), free_port()
-    environment = {**bare_environment(), **images, "INDRNN_PORT": str(port), "PROMETHEUS_PORT": str(watch), "REPLICAS": "3", "INDRNN_DRAIN_S": "3"}
+    environment = {
+        **bare_environment(),
+        **images,
+        "INDRNN_PORT": str(port),
+        "PROMETHEUS_PORT": str(watch),
+        "REPLICAS": "3",
+        "INDRNN_DRAIN_S": "3",
+        "INDRNN_MODELS": str(versions["1"]),
+    }
     started = Stack(f"indrnn-scale-{secrets.token_hex(4)}", environment, f"http://127.0.0.1:{port}", "", SCALED)
     try:
         started.compose("--profile", "watch", "up", "--build", "--detach", "indrnn", "valkey", "haproxy", "prometheus", timeout_s=500)
-        started.wait_until_healthy(3)
-        wait_for(lambda: ready_servers(started) == 3, "HAProxy sees three replicas")
+        whole_again(started)
         yield started
     finally:
         started.compose("--profile", "watch", "down", "--volumes", "--remove-orphans", "--timeout", "3", timeout_s=120)
@@ -70,12 +92,19 @@ def ready_servers(stack: Stack) -> int:
     return sum(line.startswith('haproxy_server_status{proxy="streams"') and 'state="UP"' in line and line.endswith(" 1") for line in lines)
 
 
-def figure(container: dict[str, Any], name: str) -> int:
-    """0 where the container does not answer."""
+def whole_again(stack: Stack) -> None:
+    """Replicas that are up, by their own word: HAProxy takes one that it has just found for ready until a check fails."""
+    stack.compose("start", "indrnn")
+    wait_for(lambda: sum(figure(container, "indrnn_sockets_live", -1) >= 0 for container in running(stack)) == 3, "three replicas answer", 60)
+    wait_for(lambda: ready_servers(stack) == 3, "HAProxy sees three replicas", 60)
+
+
+def figure(container: dict[str, Any], name: str, silent: int = 0) -> int:
+    """`silent` where the container does not answer."""
     try:
         lines = httpx.get(f"http://{address(container)}:8000/metrics", timeout=2).text.splitlines()
     except httpx.TransportError:
-        return 0
+        return silent
     [value] = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
     return int(float(value))
 
@@ -190,8 +219,7 @@ def test_the_replica_that_serves_a_stream_is_killed(stack: Stack, clip: Frames, 
         check(play(stack, clip, kill), undisturbed, "killed")
         assert taken_up(stack, but=killed) > 0
     finally:
-        stack.compose("start", "indrnn")
-        stack.wait_until_healthy(3)
+        whole_again(stack)
 
 
 def test_the_replica_that_serves_a_stream_is_stopped(stack: Stack, clip: Frames, undisturbed: Told) -> None:
@@ -207,8 +235,7 @@ def test_the_replica_that_serves_a_stream_is_stopped(stack: Stack, clip: Frames,
         [state] = [container["State"] for container in stack.containers() if container["Id"] == stopped[0]]
         assert state["ExitCode"] == 0
     finally:
-        stack.compose("start", "indrnn")
-        stack.wait_until_healthy(3)
+        whole_again(stack)
 
 
 def test_the_store_is_killed_and_comes_back(stack: Stack, clip: Frames, undisturbed: Told) -> None:
@@ -237,7 +264,7 @@ def test_a_replica_that_hangs_is_found_out(stack: Stack, clip: Frames, undisturb
     finally:
         for container in paused:
             subprocess.run(["docker", "unpause", container], check=False, capture_output=True, timeout=30)
-        stack.wait_until_healthy(3)
+        whole_again(stack)
 
 
 def test_prometheus_has_every_replica(stack: Stack) -> None:
@@ -277,35 +304,132 @@ def test_nginx_does_in_its_place(stack: Stack, clip: Frames, undisturbed: Told) 
         check(play(behind, clip, kill), undisturbed, "killed behind nginx")
     finally:
         run(["docker", "rm", "--force", name])
-        stack.compose("start", "indrnn")
-        stack.wait_until_healthy(3)
+        whole_again(stack)
 
 
-def test_all_replicas_are_replaced_under_streams(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+def test_a_replica_is_cut_off_from_the_store(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    """It goes on from memory, and saves what it missed when the network is back."""
+    network, cut = f"{stack.project}_store", []
+
+    def cut_off() -> None:
+        cut.append(serving(stack))
+        run(["docker", "network", "disconnect", network, cut[0]])
+
+    def unsaved() -> int:
+        [container] = [container for container in stack.containers() if container["Id"] == cut[0]]
+        return figure(container, "indrnn_store_degraded")
+
+    try:
+        check(play(stack, clip, cut_off), undisturbed, "cut off")
+        wait_for(lambda: unsaved() == 1, "the replica says that it has no store")
+    finally:
+        for container in cut:
+            run(["docker", "network", "connect", network, container])
+    wait_for(lambda: unsaved() == 0, "the replica has its store again")
+
+
+def test_replicas_are_killed_one_after_another_under_many_streams(stack: Stack, clip: Frames, undisturbed: Told) -> None:
+    """Random ones, and once the store, while 24 streams play."""
+    chance = random.Random(0)
+
+    def fire() -> int:
+        [store] = [container["Id"] for container in stack.containers("valkey")]
+        for number in range(4):
+            time.sleep(1.5)
+            victim = store if number == 2 else chance.choice(running(stack))["Id"]
+            run(["docker", "kill", "--signal", "KILL", victim])
+            run(["docker", "start", victim])
+        return 4
+
+    async def one(client: AsyncClient, rate: float, delay_s: float) -> Told:
+        async def camera() -> AsyncIterator[Frames]:
+            await asyncio.sleep(delay_s)
+            for number in range(len(clip)):
+                await asyncio.sleep(1 / rate)
+                yield clip[number : number + 1]
+
+        frames, scores, stall_s, last = [], [], 0.0, 0.0
+        async with client.stream(MODEL) as stream:
+            async for answer in stream.play(camera()):
+                now = time.monotonic()
+                stall_s, last = max(stall_s, now - (last or now)), now
+                frames.append(answer.frame)
+                assert answer.scores is not None
+                scores.append(answer.scores)
+        return Told(frames, np.stack(scores), stall_s)
+
+    async def all_of_them() -> list[Told]:
+        async with AsyncClient(stack.url) as client:
+            beside = asyncio.create_task(asyncio.to_thread(fire))
+            told = await asyncio.gather(*(one(client, 25.0, number / 24) for number in range(24)))
+            assert await beside == 4
+        return told
+
+    try:
+        streams = asyncio.run(all_of_them())
+        stalls = np.array([told.stall_s for told in streams])
+        print(f"24 streams under fire: stall p50 {np.median(stalls):.2f} s, p99 {np.quantile(stalls, 0.99):.2f} s, max {stalls.max():.2f} s")
+        for told in streams:
+            check(told, undisturbed, "under fire")
+    finally:
+        whole_again(stack)
+
+
+def test_a_rolling_update_to_another_version_of_a_model(stack: Stack, versions: dict[str, Path]) -> None:
+    """All replicas are replaced by ones that have another version of one model and the same one of another. Streams of both go on."""
     old = {container["Id"] for container in stack.containers()}
-    environment = {**stack.environment, "COMPOSE_FILE": ":".join(SCALED), "COMPOSE_PROJECT_NAME": stack.project}
-    found: list[int] = []
+    updated = replace(stack, environment={**stack.environment, "INDRNN_MODELS": str(versions["2"])})
+    compose = {**updated.environment, "COMPOSE_FILE": ":".join(SCALED), "COMPOSE_PROJECT_NAME": stack.project}
+    with Client(stack.url) as client, ThreadPoolExecutor() as threads:
+        rng = np.random.default_rng(5)
+        clips = {name: rng.normal(size=(6000, *client.model(name).frame_shape)).astype(np.float32) for name in (MODEL, OWN)}
+        before = fast(client, OWN, clips[OWN])
+        rolled = threads.submit(run, ["docker/roll.sh"], compose, 180)
+        found: list[int] = []
 
-    def watch() -> None:
-        while rolling.is_alive():
-            found.append(ready_servers(stack))
-            time.sleep(0.2)
+        def watch() -> None:
+            while not rolled.done():
+                found.append(ready_servers(stack))
+                time.sleep(0.2)
 
-    with ThreadPoolExecutor() as threads:
-        rolled = threads.submit(run, ["docker/roll.sh"], environment, 180)
-        rolling = threading.Thread(target=rolled.exception)
-        rolling.start()
         watched = threads.submit(watch)
-        rounds = 0
-        while rolling.is_alive() or not rounds:  # streams begin and end all the time, the last of them after the roll
-            told = play(stack, clip)
-            assert told.frames == list(range(FRAMES))
-            np.testing.assert_array_equal(told.scores, undisturbed.scores)
-            rounds += 1
+        streams = {name: threads.submit(until, stack, name, clips[name], rolled) for name in clips}
+        answers = {name: stream.result() for name, stream in streams.items()}
         rolled.result()
         watched.result()
-    new = {container["Id"] for container in stack.containers()}
-    assert len(new) == 3
-    assert not new & old
-    assert max(found) == 6  # HAProxy had found the new ones before the old ones went
+        new = {container["Id"] for container in stack.containers()}
+        assert len(new) == 3
+        assert not new & old
+        assert max(found) == 6  # HAProxy had found the new ones before the old ones went
+        for name, heard in answers.items():
+            assert [answer.frame for answer in heard] == list(range(len(heard))), name
+        same = fast(client, MODEL, clips[MODEL][: len(answers[MODEL])])
+        np.testing.assert_array_equal([answer.scores for answer in answers[MODEL]], same)
+        [changed] = [answer.changed for answer in answers[OWN] if answer.changed is not None]
+        assert changed.version == "2"
+        scores = np.stack([answer.scores for answer in answers[OWN] if answer.scores is not None])
+        np.testing.assert_array_equal(scores[: changed.frame], before[: changed.frame])
+        warmed_up = fast(client, OWN, clips[OWN][changed.warm_from : len(scores)])
+        np.testing.assert_array_equal(scores[changed.frame :], warmed_up[changed.frame - changed.warm_from :])
     wait_for(lambda: ready_servers(stack) == 3, "HAProxy forgets the old ones")
+
+
+def fast(client: Client, name: str, clip: Frames) -> Frames:
+    with client.stream(name) as stream:
+        return np.stack([answer.scores for answer in stream.play(clip, chunk=50) if answer.scores is not None])
+
+
+def until(stack: Stack, name: str, clip: Frames, rolled: Future[str]) -> list[Answer]:
+    """What a stream hears that goes on for a second after that."""
+
+    def camera() -> Iterator[Frames]:
+        left = RATE
+        for number in range(len(clip)):
+            time.sleep(1 / RATE)
+            yield clip[number : number + 1]
+            left -= rolled.done()
+            if left <= 0:
+                return
+
+    with Client(stack.url) as client, client.stream(name) as stream:
+        return list(stream.play(camera()))
