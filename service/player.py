@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model import skeletons
-from service.client import TOP, Answer, AsyncClient, AsyncStream, ClientError, Event, Model
+from service.client import TOP, Answer, AsyncClient, AsyncStream, ClientError, Event, Model, ModelChanged, Notice
 from service.errors import ModelNotFound, ServiceError
 
 Frames = npt.NDArray[np.float32]
@@ -209,6 +209,7 @@ class Playback:
         self.answer: Answer | None = None
         self.answers = self.changes = self.events = 0
         self.on_event: Callable[[Event], None] = lambda _: None
+        self.on_notice: Callable[[str], None] = say
         self.late_s = self.worst_late_s = 0.0
 
     def note_sent(self, end: int, late_s: float) -> None:
@@ -226,6 +227,9 @@ class Playback:
     def note_event(self, event: Event) -> None:
         self.events += 1
         self.on_event(event)
+
+    def note_notice(self, notice: Notice) -> None:
+        self.on_notice(describe_notice(notice))
 
     def round_trip_ms(self) -> tuple[float, float]:
         """Median and 99th percentile of the latest round trips, NaN before the first."""
@@ -256,6 +260,17 @@ def describe_event(event: Event) -> str:
     """`frame time start|end label score`, and when it was known."""
     cause = f" by {event.cause}" if event.cause else ""
     return f"{event.frame} {event.time:.2f} {event.event} {event.label} {event.score:.3f} decided {event.decided}{cause}"
+
+
+def describe_notice(notice: Notice) -> str:
+    """One line for a person."""
+    if isinstance(notice, ModelChanged):
+        return f"from frame {notice.frame} on version {notice.version} answers, the one before is gone"
+    return notice.message
+
+
+def say(notice: str) -> None:
+    print(f"note: {notice}", file=sys.stderr)
 
 
 async def paced(frames: Frames, fps: float, chunk: int, loop: bool, note: Callable[[int, float], None]) -> AsyncIterator[Frames]:
@@ -302,6 +317,9 @@ class PlainView:
     def show_event(self, event: Event) -> None:
         self.console.out(describe_event(event), highlight=False)
 
+    def show_notice(self, notice: str) -> None:
+        say(notice)
+
 
 class LiveView:
     """The same in place on a terminal, redrawn ten times a second."""
@@ -324,6 +342,9 @@ class LiveView:
     def show_event(self, event: Event) -> None:
         """Above what is drawn, where it stays."""
         self.live.console.print(Text(describe_event(event)))
+
+    def show_notice(self, notice: str) -> None:
+        self.live.console.print(Text(f"note: {notice}"))
 
     def render(self) -> RenderableType:
         playback = self.playback
@@ -400,10 +421,11 @@ async def play(options: Options, console: Console) -> None:
         fps = options.fps or recording.fps or model.fps
         playback = Playback(None if options.loop else len(frames), fps)
         source = paced(frames, fps * options.speed, options.chunk, options.loop, playback.note_sent)
-        stream = await client.stream(model.name, fps=fps, layout=layout, on_event=playback.note_event).open()
+        stream = await client.stream(model.name, fps=fps, layout=layout, on_event=playback.note_event, on_notice=playback.note_notice).open()
         try:
             await _show(stream, source, playback, console, recording.name)
         finally:
+            playback.on_notice = say
             await stream.close()  # before the summary: the last events may still be on their way
             console.out(playback.summary(), highlight=False)
 
@@ -417,10 +439,9 @@ async def _model(client: AsyncClient, name: str) -> Model:
 
 
 async def _show(stream: AsyncStream, source: AsyncIterator[Frames], playback: Playback, console: Console, title: str) -> None:
-    for warning in stream.warnings:
-        print(f"note: {warning}", file=sys.stderr)
     view = LiveView(console, f"{title} into {stream.model}", stream) if console.is_terminal else PlainView(console)
     playback.started, playback.on_event = time.monotonic(), view.show_event
     with view:
+        playback.on_notice = view.show_notice
         async for answer in stream.play(source):
             view.show(playback, playback.note_answer(answer))

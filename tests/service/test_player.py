@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from service import player
-from service.client import Client, Model
+from service.client import Client, Model, ModelChanged, Warned
 from service.player import PlayerError, Recording, find_recording, fit, read_recording
 from tests.server_process import ROOT, Server
 from tests.toy_models import CHANNELS, EXPLOSIVE, GESTURES, SKELETON, example_frames, moving_frames
@@ -244,6 +245,16 @@ def test_frames_that_the_service_refuses_end_it_with_the_reason(server: Server, 
 def test_wrong_usage_is_status_2(clip: Path) -> None:
     assert stream(clip).returncode == 2
     assert stream(clip, "--model", "channels", "--chunk", "0").returncode == 2
+
+
+def test_what_happens_to_the_stream_itself_is_noted_beside_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    playback = player.Playback(60, 30.0)
+    playback.note_notice(Warned("store_unavailable", "the store is down"))
+    playback.on_notice = player.PlainView(Console()).show_notice
+    playback.note_notice(ModelChanged(40, "2", "f2", 8, ("rest",)))
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["note: the store is down", "note: from frame 40 on version 2 answers, the one before is gone"]
+    assert not told.out
 
 
 def test_a_token_may_be_given(start: Any, clip: Path) -> None:
