@@ -11,7 +11,14 @@ from service import errors
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
+NOT_OURS = "build"  # what others installed
+
+
+def _is_ours(path: Path) -> bool:
+    return not any(part.startswith(".") or part == NOT_OURS for part in path.relative_to(ROOT).parts)
+
+
+PAGES = sorted(path for path in ROOT.rglob("*.md") if _is_ours(path))
 SERVICE = (ROOT / "service" / "README.md").read_text()
 
 
