@@ -60,6 +60,18 @@ def test_events_are_told_once_whatever_is_run_again() -> None:
     assert [answer.events for answer in books.inbox.answers] == [(), (start(1),), (), (start(3),), (start(4),), ()]
 
 
+def test_events_of_frames_that_were_answered_are_not_told_again_however_many_there_were() -> None:
+    """Nor what another model finds there, which is only being warmed up."""
+    books = Books(2000)
+    events = [start(frame) for frame in range(1500)]
+    for event in events:
+        books.inbox.take_event(event)
+        books.scores(event.frame, 1)
+    for event in (*events, Event("end", "b", 0.5, 700, 700, 700 / 30)):
+        books.inbox.take_event(event)
+    assert books.events == events
+
+
 def test_another_model_is_told_before_its_first_answer_and_labels_only_its_own() -> None:
     books = Books(8)
     books.scores(0, 5)
