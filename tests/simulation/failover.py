@@ -49,7 +49,7 @@ class Checks:
     in_doubt_s: float = 0.25
     timeout_s: float = 1.0
     fall: int = 2
-    connect_s: float = 1.0  # until an attempt on a replica that has vanished is given up, and made on another
+    connect_s: float = 0.3  # until an attempt on a replica that has vanished is given up, and made on another
 
 
 @dataclass
