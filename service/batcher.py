@@ -27,7 +27,8 @@ from service.errors import Deadline, Draining, Overloaded
 MOST_STEPS = 32  # longest slice: a long chunk does not hold up streams that wait for one frame
 MOST_PADDED = 1024  # rows x steps of a batch, for the same reason
 WASTE = 1.5  # padded size over real frames
-AHEAD = 16  # jobs that are worth a batch of their own while another is running; fewer wait for more
+AHEAD = 16  # jobs that are worth a batch of their own while another is running; fewer wait for more,
+AHEAD_FRAMES = 32  # unless they have so many frames together
 INLINE_S = 0.0003  # longest run that may hold up the event loop
 TRIED = 3.0  # times as long it may take on the thread to be tried on the event loop now and then
 AGAIN = 64  # runs on the thread between two such tries
@@ -184,7 +185,7 @@ class Batcher:
         self._due = False
         if self._stopping:
             return self._turn_away()
-        while self._line and (not self._flying or (self._flying == 1 and len(self._line) >= AHEAD)):
+        while self._line and (not self._flying or (self._flying == 1 and self._is_worth_a_batch())):
             jobs, steps, dropped = form_batch(self._line, self._most_rows, self._aboard)
             if dropped:
                 self._settle(dropped)
@@ -193,6 +194,14 @@ class Batcher:
             self._launch(jobs, steps)
         if self._line and self._watch is None:
             self._watch = self._loop.call_later(LOOK_S, self._look)
+
+    def _is_worth_a_batch(self) -> bool:
+        if len(self._line) >= AHEAD:
+            return True
+        frames = 0
+        for job in self._line:
+            frames += job.frames
+        return frames >= AHEAD_FRAMES
 
     def _launch(self, jobs: list[Any], steps: int) -> None:
         try:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import AGAIN, INLINE_S, MOST_STEPS, WASTE, Awaited, Batcher, form_batch
+from service.batcher import AGAIN, AHEAD, AHEAD_FRAMES, INLINE_S, MOST_STEPS, WASTE, Awaited, Batcher, form_batch
 from service.errors import Deadline, Draining, Overloaded
 
 
@@ -368,3 +368,32 @@ def test_batches_are_full_of_real_frames_and_everything_runs(pairs: list[tuple[i
         runs += 1
     assert all(sum(job.ran) == frames for job, (_, frames) in zip(everything, pairs, strict=True))
     assert runs <= sum(frames for _, frames in pairs)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "prepared"),
+    [([1] * (AHEAD - 1), 1), ([1] * AHEAD, 2), ([AHEAD_FRAMES // 2] * 2, 2), ([AHEAD_FRAMES - 1], 1), ([1] * 3 * AHEAD, 2)],
+)
+def test_a_second_batch_is_made_while_one_runs_if_it_is_worth_it(waiting: list[int], prepared: int) -> None:
+    gate = Gate()
+    made: list[int] = []
+
+    class Counting(Model):
+        def prepare(self, jobs: Sequence[Toy], steps: int) -> tuple[list[Toy], int]:
+            made.append(len(jobs))
+            return super().prepare(jobs, steps)
+
+    async def run() -> None:
+        batcher = Batcher("toy", Counting(gate), most_rows=8, most_waiting=100)
+        batcher.start()
+        first = asyncio.create_task(ask(batcher, 1, 1))
+        await asyncio.to_thread(gate.entered.wait, 30)
+        others = [asyncio.create_task(ask(batcher, 2 + i, frames)) for i, frames in enumerate(waiting)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(made) == prepared
+        gate.open.set()
+        await asyncio.gather(first, *others)
+        await batcher.stop()
+
+    asyncio.run(run())
