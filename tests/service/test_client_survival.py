@@ -484,9 +484,9 @@ def test_streams_and_steps_outlive_the_process_that_served_them(models: Path, tm
             await asyncio.sleep(0.02)
             yield given[start : start + 3]
 
-    async def watch(client: AsyncClient, given: Any) -> tuple[list[Answer], int]:
-        async with client.stream("channels") as stream:
-            return [answer async for answer in stream.play(camera(given))], stream.reconnects
+    async def watch(stream: AsyncStream, given: Any) -> list[Answer]:
+        async with stream:
+            return [answer async for answer in stream.play(camera(given))]
 
     async def step(client: AsyncClient, given: Any) -> list[Any]:
         session = (await client.open_session("channels"))["session"]
@@ -499,9 +499,10 @@ def test_streams_and_steps_outlive_the_process_that_served_them(models: Path, tm
     with ExitStack() as stack:
         servers = [replica(stack, tmp_path, models, name) for name in ("a", "b")]
 
-        async def case() -> tuple[list[tuple[list[Answer], int]], list[Any]]:
-            async with AsyncClient([server.url for server in servers]) as client:
-                watching = asyncio.gather(*(watch(client, given) for given in frames))
+        async def case() -> tuple[list[list[Answer]], list[Any]]:
+            async with AsyncClient([server.url for server in servers]) as client, client.tracks("channels") as tracks:
+                alone, together = [client.stream("channels") for _ in frames], [tracks.stream() for _ in frames]
+                watching = asyncio.gather(*(watch(stream, given) for stream, given in zip(alone + together, frames * 2, strict=True)))
                 stepping = asyncio.create_task(step(client, frames[0]))
                 await asyncio.sleep(0.5)
                 await asyncio.to_thread(servers[0].stop, signal.SIGKILL)
@@ -509,7 +510,7 @@ def test_streams_and_steps_outlive_the_process_that_served_them(models: Path, tm
 
         watched, stepped = run(case())
         expected = [whole(servers[1].url, "channels", given) for given in frames]
-    for (answers, _), scores in zip(watched, expected, strict=True):
+    for answers, scores in zip(watched, expected * 2, strict=True):
         check(answers, scores)
     np.testing.assert_array_equal(np.concatenate(stepped), expected[0])
 
