@@ -52,7 +52,7 @@ class Inbox:
         before, scores = ledger.received, np.frombuffer(message, "<f4", offset=protocol.HEADER.size).reshape(count, -1)
         for frame in ledger.take(first, count):
             changed = None
-            if self.served is not self._answering and frame >= ledger.changed_at:
+            if self.served is not self._answering:  # what is new on a connection is said by its model
                 changed = self._change(frame)
             time = ledger.time(frame)
             answer = Answer.from_scores(frame, frame / fps if time is None else time, scores[frame - first], self._answering.labels)

@@ -87,7 +87,6 @@ class Ledger:
         self._durable: int | None = None  # frames below survive the server's end; None: it promises nothing, its memory counts
         self._horizon = 0  # frames before those
         self._most = sys.maxsize  # frames that are kept
-        self.changed_at = next_frame  # answers from here on are those of the model of this connection
         self._kept: deque[_Chunk | _Reset] = deque()  # until the server has it for good
         self._waiting: deque[_Chunk | _Reset] = deque()  # to be written to this connection
         self._from = next_frame  # frames below need not be sent on this connection
@@ -168,7 +167,7 @@ class Ledger:
         """
         self._check_reach(next_frame)
         self._from = self._taken = next_frame
-        self._acked, self.changed_at = 0, self.received
+        self._acked = 0
         self._waiting = deque(self._kept)
 
     def renew(self, next_frame: int, warm_from: int) -> int:
@@ -182,7 +181,6 @@ class Ledger:
         resets = [item.first for item in self._kept if isinstance(item, _Reset) and item.first <= known]
         begin = min(next_frame, max(warm_from, self._oldest, *resets))
         self._from = self._taken = self._acked = begin
-        self.changed_at = self.received
         self._waiting = deque(item for item in self._kept if item.first > begin or isinstance(item, _Chunk))  # it need not be told to begin anew
         return begin
 
