@@ -136,9 +136,8 @@ class _Server(uvicorn.Server):
         print(self.greeting + self._grpc.greeting, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Whoever comes meanwhile is told 503 `draining`, balancers that ask /health/ready among them, before the socket closes."""
         log.info("draining", sessions=len(self._state.predictor.sessions))
-        for server in self.servers:
-            server.close()
         await self._state.predictor.drain()  # what clients are told to take up elsewhere is saved by then
         await asyncio.gather(self._state.sockets.drain(self._drain_s), self._grpc.stop())
         await super().shutdown(sockets)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,28 @@ def test_an_orderly_end(start: Callable[..., Any], number: int) -> None:
         assert json.loads(waiting.recv(timeout=60))["type"] == "draining"
         assert "Traceback" not in server.errors()
         assert "Error" not in server.errors()
+
+
+def test_who_comes_while_the_last_work_is_done_is_told_that_it_is_not_ready(start: Callable[..., Any]) -> None:
+    clip = example_frames(CHANNELS, 400_000, seed=3).astype("<f4").tobytes()
+    with start("--deadline-s", "60", INDRNN_DRAIN_S="30") as server, ThreadPoolExecutor() as pool:
+        headers = {"content-type": "application/octet-stream"}
+        long = pool.submit(httpx.post, f"{server.url}/v1/models/channels/predict", content=clip, headers=headers, timeout=60)
+        while not httpx.get(f"{server.url}/v1/models/channels").json()["live"]["waiting"]:
+            assert not long.done()
+        server.process.send_signal(signal.SIGTERM)
+        answers = []
+        while not long.done():
+            try:
+                answers.append(httpx.get(f"{server.url}/health/ready"))
+            except httpx.HTTPError:  # the socket closes at last
+                break
+        assert long.result().status_code == 200, "work under way is finished"
+        assert server.process.wait(30) == 0
+    codes = [answer.json().get("code", answer.json().get("status")) for answer in answers]
+    assert "draining" in codes
+    assert set(codes[codes.index("draining") :]) == {"draining"}
+    assert {answer.status_code for answer in answers[codes.index("draining") :]} == {503}
 
 
 def test_the_token_is_asked_for(start: Callable[..., Any]) -> None:
