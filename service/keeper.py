@@ -126,6 +126,23 @@ class Keeper:
         """As `find`, for a connection that is going to stream it: certainly the latest copy there is, so only while the store is up."""
         return await self._alone(session_id, self._resume)
 
+    async def is_stale(self, session: Session) -> bool:
+        """Whether another process has taken it up since; then this copy is given up. Raises `StoreUnavailable` where nobody can say: to go on from a copy
+        that may be an old one would ask the client for frames that it was told are safe."""
+        held = await self.store.load(session.id)
+        error: ServiceError = TakenOver("another process has taken this session over", next_frame=session.next_frame)
+        if held is None:  # the store was emptied and is to be filled again, or the session was ended elsewhere: saving it tells
+            self.changed(session.id, session.next_frame)
+            try:
+                await self.flush(session)
+                return False
+            except (TakenOver, SessionNotFound) as caught:
+                error = caught
+        elif held.epoch <= session.epoch:
+            return False
+        await self._house.give_up(session, error)
+        return True
+
     def forget(self, session: Session) -> None:
         """Nothing is saved of it until it is owned again."""
         self._checkpoints.forget(session.id)
@@ -147,7 +164,7 @@ class Keeper:
             try:
                 result = await step(session)
             except (Gap, TakenOver, SessionNotFound):
-                if self._house.get(session_id) is session and not await self._is_stale(session):
+                if self._house.get(session_id) is session and not await self.is_stale(session):
                     raise
                 continue
             try:
@@ -196,26 +213,9 @@ class Keeper:
 
     async def _resume(self, session_id: str) -> Session:
         session = self._house.get(session_id)
-        if session is None or await self._is_stale(session):
+        if session is None or await self.is_stale(session):
             return self._adopt(await self.store.attach(session_id, create=False), renew=True)
         return session
-
-    async def _is_stale(self, session: Session) -> bool:
-        """Whether another process has taken it up since; then this copy is given up. Raises `StoreUnavailable` where nobody can say: to go on from a copy
-        that may be an old one would ask the client for frames that it was told are safe."""
-        held = await self.store.load(session.id)
-        error: ServiceError = TakenOver("another process has taken this session over", next_frame=session.next_frame)
-        if held is None:  # the store was emptied and is to be filled again, or the session was ended elsewhere: saving it tells
-            self.changed(session.id, session.next_frame)
-            try:
-                await self.flush(session)
-                return False
-            except (TakenOver, SessionNotFound) as caught:
-                error = caught
-        elif held.epoch <= session.epoch:
-            return False
-        await self._house.give_up(session, error)
-        return True
 
     def _adopt(self, attached: Attached, *, renew: bool) -> Session:
         if attached.record is None:

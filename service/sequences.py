@@ -11,7 +11,7 @@ import dataclasses
 import structlog
 
 from service import steps
-from service.errors import SequenceExpired, SequenceLive, SequenceNotFound, SessionExpired, SessionNotFound, StoreUnavailable, TakenOver
+from service.errors import Gap, SequenceExpired, SequenceLive, SequenceNotFound, SessionExpired, SessionNotFound, StoreUnavailable, TakenOver
 from service.frames import Payload
 from service.keeper import TRIES, Keeper
 from service.options import Options
@@ -54,7 +54,13 @@ class Sequences:
         keeper.check_open()
         for _ in range(TRIES):
             await self._take_up(keeper, model, step.sequence)
-            session, answer = await self._step(model, version, dataclasses.replace(step, end=False), payload, count, wait_s)
+            try:
+                session, answer = await self._step(model, version, dataclasses.replace(step, end=False), payload, count, wait_s)
+            except Gap:
+                stale = self._live(model, step.sequence)
+                if stale is None or not await keeper.is_stale(stale):
+                    raise
+                continue
             if await self._saved(keeper, session):
                 if step.end and session.ended is None:  # not before it is certain that this copy was the latest
                     await self._predictor.close(session, "closed")
