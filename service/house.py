@@ -172,7 +172,8 @@ class House:
         self._check_room()
         session = begun(runner, options, record.session)
         timed = session.progress.take_clock(record.progress)
-        begin = record.next_frame if timed else max(0, record.next_frame - _horizon(runner))
+        again = max(_horizon(runner), len(record.scores))  # frames that warm it up, and those whose answers nobody may have had
+        begin = record.next_frame if timed else max(0, record.next_frame - again)
         session.answers.begin(begin)
         session.epoch, session.created, session.renewed = epoch, record.created, (begin, record.next_frame)
         self._add(session, runner)

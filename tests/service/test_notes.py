@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 
 from service import notes
 
@@ -27,8 +28,11 @@ def test_notes_belong_to_the_task_that_began_them_and_to_those_it_starts() -> No
     async def both() -> list[dict[str, object]]:
         return await asyncio.gather(request("a"), request("b"))
 
-    assert asyncio.run(both()) == [{"request": "a", "model": "of a"}, {"request": "b", "model": "of b"}]
-    assert notes.spoken() == {}
+    def outside() -> None:
+        assert asyncio.run(both()) == [{"request": "a", "model": "of a"}, {"request": "b", "model": "of b"}]
+        assert notes.spoken() == {}
+
+    Context().run(outside)
 
 
 def test_branches_share_what_came_before_and_nothing_after() -> None:
@@ -48,8 +52,11 @@ def test_branches_share_what_came_before_and_nothing_after() -> None:
 
 
 def test_outside_of_any_work_nothing_is_noted() -> None:
-    notes.note(model="m")
-    assert notes.spoken() == {}
+    def outside() -> None:
+        notes.note(model="m")
+        assert notes.spoken() == {}
+
+    Context().run(outside)
 
 
 def test_a_session_is_shown_by_its_digest() -> None:
