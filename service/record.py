@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -131,7 +132,7 @@ class Record:
                 "epoch": self.epoch,
                 "next_frame": self.next_frame,
                 "reset_at": self.reset_at,
-                "options": self.options.to_dict(),
+                "options": _options_json(self.options),
                 "progress": self.progress,
                 "events": [{**dataclasses.asdict(one.event), "time": one.time} for one in self.events],
                 "forgotten": self.forgotten,
@@ -244,6 +245,12 @@ def manifest_digest(manifest: Manifest) -> str:
     rules = None if manifest.events is None else dataclasses.astuple(manifest.events)
     said = [manifest.task, manifest.frame_shape, manifest.layout, manifest.fps, manifest.classes, manifest.missing, manifest.state_width, rules]
     return hashlib.blake2b(orjson.dumps(said), digest_size=16).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _options_json(options: Options) -> orjson.Fragment:
+    """Of a session they never change, and of many sessions they are the same."""
+    return orjson.Fragment(orjson.dumps(options.to_dict()))
 
 
 def _parts(data: bytes) -> tuple[Facts, bytes]:

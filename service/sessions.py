@@ -129,12 +129,16 @@ class Answers:
 
     def get(self, first: int, end: int) -> Floats:
         """Scores (end - first, classes); raises `AnswersForgotten` unless all of them are kept."""
+        if first == self.start and end == self.end and self._blocks:  # all of them, for a record: nothing is to be cut
+            return np.frombuffer(b"".join([scores for _, scores, _ in self._blocks]), _F4).reshape(end - first, -1)
         size = self._row_bytes
         parts = [scores[part.start * size : part.stop * size] for part, scores, _ in self._parts(first, end)]
         return np.frombuffer(b"".join(parts), _F4).reshape(end - first, -1)
 
     def times(self, first: int, end: int) -> Times | None:
         """Times (end - first,) of frames that carry them, as `get`."""
+        if first == self.start and end == self.end and self._blocks and self._blocks[0][2] is None:
+            return None
         parts = [None if times is None else times[part] for part, _, times in self._parts(first, end)]
         return None if parts[0] is None else np.concatenate([times for times in parts if times is not None])
 
