@@ -85,6 +85,7 @@ class Client:
         self.refusals: Counter[str] = Counter()
         self._where, self._model, self._frames, self._fps, self._chance = where, model, frames, fps, chance
         self._began = 0.0
+        self._same_from = 0  # frames from here on are answered by the model that answers now
 
     @property
     def stall(self) -> float:
@@ -102,7 +103,7 @@ class Client:
         now = time.monotonic()
         for frame, row in enumerate(scores, first):
             if frame < self.answered:
-                assert self.scores[frame].tobytes() == row.tobytes(), f"frame {frame} was answered in two ways"
+                assert frame < self._same_from or self.scores[frame].tobytes() == row.tobytes(), f"frame {frame} was answered in two ways"
                 self.repeated += 1
             else:
                 assert frame == self.answered, f"the answer of frame {frame} came, and that of {self.answered} has not"
@@ -115,6 +116,8 @@ class Streaming(Client):
     """A stream on one websocket after another, as section 9 of the protocol has it. Keeps frames from `min(answered, durable)` on."""
 
     durable = 0
+    version = ""
+    _warm_from = 2**64
     begun_anew = 0  # sessions that nothing was promised of and that went down with their server
     changes: list[dict[str, Any]]
 
@@ -151,10 +154,23 @@ class Streaming(Client):
         wire.say(type="open", answers="binary", **known)
         opened = await self._opened(wire)
         place = opened["next_frame"]
-        assert place >= min(self.answered, self.durable), f"frame {place} is asked for; {self.durable} are durable and {self.answered} acknowledged"
+        if self.version not in ("", opened["version"]):
+            place = await self._renewed(wire)
+        self.version = opened["version"]
+        assert place >= min(self.answered, self.durable, self._warm_from), f"{place} is asked for; {self.durable} are durable, {self.answered} acknowledged"
         assert place <= len(self._frames)
         cursor = min(self.answered, place)  # of answers on this connection
         await self._converse(wire, cursor, place, opened["window"])
+
+    async def _renewed(self, wire: _Wire) -> int:
+        """The model is another one: returns where the frames begin that warm it up. What it says of those that were answered is dropped."""
+        message = await self._hear(wire)
+        assert isinstance(message, dict)
+        assert message["type"] == "model_changed"
+        assert message["frame"] >= min(self.answered, self.durable)
+        self.changes.append(message)
+        self._same_from, self._warm_from = self.answered, int(message["warm_from"])
+        return self._warm_from
 
     async def _opened(self, wire: _Wire) -> dict[str, Any]:
         while True:
@@ -192,8 +208,6 @@ class Streaming(Client):
                     wire.say(type="ack", first=acknowledged)
             elif message["type"] == "durable":
                 self.durable = max(self.durable, message["frame"])
-            elif message["type"] == "model_changed":
-                self.changes.append(message)
 
     async def _hear(self, wire: _Wire, within_s: float = HEARD_S) -> dict[str, Any] | bytes:
         """The next message; raises `Broken` where the session is to go on elsewhere."""

@@ -44,7 +44,7 @@ from service.store_memory import MemoryStore, Records
 from service.streaming import Sockets, Stream
 from tests.toy_models import CHANNELS, example_frames, write_toy
 
-SCHEDULES = int(os.environ.get("SURVIVAL_SCHEDULES", "200"))
+SCHEDULES = int(os.environ.get("SURVIVAL_SCHEDULES", "150"))
 REPLICAS, STREAMS, SESSIONS = 3, 2, 2
 LENGTH = 120  # frames of each stream
 TIMEOUT_S = 0.5
