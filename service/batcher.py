@@ -29,8 +29,8 @@ MOST_PADDED = 1024  # rows x steps of a batch, for the same reason
 WASTE = 1.5  # padded size over real frames
 AHEAD = 16  # jobs that are worth a batch of their own while another is running; fewer wait for more,
 AHEAD_FRAMES = 32  # unless they have so many frames together
-INLINE_S = 0.0003  # longest run that may hold up the event loop
-TRIED = 3.0  # times as long it may take on the thread to be tried on the event loop now and then
+INLINE_S = 0.0005  # longest run that may hold up the event loop: the way through the thread and back costs half of it
+TRIED = 2.0  # times as long it may take on the thread to be tried on the event loop now and then
 AGAIN = 64  # runs on the thread between two such tries
 LOOK_S = 0.05  # how often those that wait are looked at for deadlines that have passed
 
@@ -185,8 +185,11 @@ class Batcher:
         self._due = False
         if self._stopping:
             return self._turn_away()
-        while self._line and (not self._flying or (self._flying == 1 and self._is_worth_a_batch())):
-            jobs, steps, dropped = form_batch(self._line, self._most_rows, self._aboard)
+        while self._line and (not self._flying or (self._flying == 1 and self._is_worth(1))):
+            rows = self._most_rows
+            if not self._flying and self._is_worth(2):  # halves: answers to one are written, and what comes upon them read, while the other runs
+                rows = min(rows, (len(self._line) + 1) // 2)
+            jobs, steps, dropped = form_batch(self._line, rows, self._aboard)
             if dropped:
                 self._settle(dropped)
             if not jobs:
@@ -195,13 +198,11 @@ class Batcher:
         if self._line and self._watch is None:
             self._watch = self._loop.call_later(LOOK_S, self._look)
 
-    def _is_worth_a_batch(self) -> bool:
-        if len(self._line) >= AHEAD:
+    def _is_worth(self, batches: int) -> bool:
+        """Whether there is enough in the line for so many batches."""
+        if len(self._line) >= AHEAD * batches:
             return True
-        frames = 0
-        for job in self._line:
-            frames += job.frames
-        return frames >= AHEAD_FRAMES
+        return len(self._line) >= batches and sum(job.frames for job in self._line) >= AHEAD_FRAMES * batches
 
     def _launch(self, jobs: list[Any], steps: int) -> None:
         try:
@@ -212,7 +213,8 @@ class Batcher:
         if alone and self._may_run_here(jobs[0].frames):
             self._run(batch)
             frame_s = batch.seconds / steps
-            self._here_s = frame_s if self._here_s == math.inf else 0.75 * self._here_s + 0.25 * frame_s
+            # a run that was interrupted counts as one of twice the time: it says nothing of the next
+            self._here_s = frame_s if self._here_s == math.inf else 0.75 * self._here_s + 0.25 * min(frame_s, 2 * self._here_s)
             return self._take_apart(batch)
         self._flying += 1
         self._aboard.update(job.stream for job in jobs)

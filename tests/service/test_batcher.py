@@ -262,7 +262,7 @@ def test_work_that_is_alone_and_short_runs_on_the_event_loop() -> None:
         batcher._here_s = INLINE_S / 4
         await together(batcher, 4)  # too long
         pause = 20 * INLINE_S
-        batcher._here_s = 0.0
+        batcher._here_s = INLINE_S * 0.9
         await together(batcher, 1)  # was not short after all
         await together(batcher, 1)
         pause, batcher._here_s = 0.0, 0.0
@@ -397,3 +397,21 @@ def test_a_second_batch_is_made_while_one_runs_if_it_is_worth_it(waiting: list[i
         await batcher.stop()
 
     asyncio.run(run())
+
+
+def test_much_that_waits_goes_in_halves() -> None:
+    """So that one half runs while the other is answered: all in one would keep model and event loop waiting for each other."""
+    gate = Gate()
+
+    async def run() -> None:
+        batcher = Batcher("toy", Model(gate), most_rows=64, most_waiting=100)
+        batcher.start()
+        tasks = [asyncio.create_task(ask(batcher, 1 + i, 1)) for i in range(2 * AHEAD + 1)]
+        gate.open.set()
+        await asyncio.gather(*tasks)
+        few = [asyncio.create_task(ask(batcher, 1 + i, 1)) for i in range(2 * AHEAD - 1)]
+        await asyncio.gather(*few)
+        await batcher.stop()
+
+    asyncio.run(run())
+    assert [len(batch) for batch in gate.batches] == [AHEAD + 1, AHEAD, 2 * AHEAD - 1]
