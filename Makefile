@@ -21,7 +21,7 @@ $(error DEVICE is cpu or gpu, not $(DEVICE))
 endif
 
 .DEFAULT_GOAL = help
-.PHONY: help serve dev test test-service lint bench bench-rivals bench-training bench-endless bench-rates plan models lock clean
+.PHONY: help serve dev test test-service lint bench bench-rivals bench-training bench-endless bench-rates bench-store plan models lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ bench: $(TEST_SERVICE)/.installed ## frames a second and latencies of the servic
 
 bench-rivals: $(TEST_SERVICE)/.installed ## the same beside Triton, LitServe, MLServer, BentoML; installs them into build/rivals, once
 	@$(TEST_SERVICE)/bin/python -m tests.bench.rivals $(ARGS)
+
+bench-store: $(TEST_SERVICE)/.installed ## the service with a Valkey beside it and without, in turns: what keeping sessions costs
+	@$(TEST_SERVICE)/bin/python -m tests.bench.store_cost $(ARGS)
 
 bench-training: $(DEV)/.installed ## the recurrent layer beside its matrix product, torch's RNN, GRU and LSTM; minutes (ARGS=--quick)
 	@$(DEV)/bin/python -m tests.bench.training $(ARGS)
