@@ -38,6 +38,8 @@ from service.metrics import Metrics
 from service.options import Options
 from service.predictor import Predictor
 from service.protocol import Answer
+from service.record import Record
+from service.sessions import Session
 from service.settings import Settings
 from service.store import Attached, Checkpoint, Outcome, StoreSettings
 from service.store_memory import MemoryStore, Records
@@ -314,6 +316,7 @@ class Client:
         self.answers: list[bytes] = []
         self.durable = 0
         self.wire: Wire | None = None
+        self.target: Replica | None = None  # where it goes next, if not anywhere
         self.old: list[Wire] = []  # half open: the service does not know that they are left
         self.moves = 0
         self._ready = False
@@ -327,7 +330,8 @@ class Client:
     def connect(self) -> None:
         if self.wire is not None or self.world.over:
             return
-        self.wire = Wire(self, self.world.any_replica())
+        replica, self.target = self.target, None
+        self.wire = Wire(self, replica if replica is not None and replica.alive else self.world.any_replica())
         known = {} if self.session is None else {"session": self.session, "ack": len(self.answers)}
         self.wire.say(type="open", answers="binary", **known)
 
@@ -608,6 +612,21 @@ class Schedule(RuleBasedStateMachine):
         store = self.world.replicas[which].store
         store.cut = not store.cut
 
+    @rule(which=st.integers(0, STREAMS - 1), there=st.permutations(range(REPLICAS)), cut=st.booleans())
+    def come_back_to_an_old_copy(self, which: int, there: list[int], cut: bool) -> None:
+        """The replica that had the stream once has lost sight of the store, or not, when the one that has it now dies."""
+        first, second, third = (self.world.replicas[number] for number in there)
+        for replica in (first, second):
+            self.world.clients[which].target = replica
+            self.lose_the_connection(which, told=True)
+            self.wait(0.2)
+            self.frames_come(which, 5)
+            self.wait(1.0)
+        first.store.cut = third.store.cut = cut
+        self.world.clients[which].target = first
+        self.kill(self.world.replicas.index(second))
+        self.wait(1.0)
+
     @rule(which=st.integers(0, REPLICAS - 1))
     def kill(self, which: int) -> None:
         async def work() -> None:
@@ -673,3 +692,53 @@ def test_any_schedule_leaves_every_stream_as_if_nothing_had_happened() -> None:
     run_state_machine_as_test(
         Schedule, settings=settings(max_examples=SCHEDULES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
     )
+
+
+class Uneven(MemoryStore):
+    """Takes a while for each save; some fail at the very moment at which others are done."""
+
+    failing: str | None = None
+
+    async def save(self, checkpoints: Sequence[Checkpoint]) -> list[Outcome]:
+        await asyncio.sleep(0.1)
+        if self.failing in [one.session_id for one in checkpoints]:
+            self.failing = None
+            raise StoreUnavailable("once")
+        return await super().save(checkpoints)
+
+
+def test_a_step_whose_save_failed_while_the_store_was_well_again_at_once_is_saved_before_its_answer() -> None:
+    """Nobody would warn the client: the store is up when the answer is written."""
+
+    async def scenario() -> None:
+        store = Uneven(StoreSettings(idle_s=1e9), clock=lambda: 0.0)
+        predictor = Predictor(catalog(), Settings(watch_s=0, checkpoint_ms=60_000), metrics())
+        predictor.keep_in(store)
+        async with predictor:
+            for runner in predictor.models:
+                Here(runner._batcher)
+            keeper = predictor.keeper
+            assert keeper is not None
+            failing, other = (predictor.open("channels", None, ALL) for _ in range(2))
+            await asyncio.gather(keeper.flush(failing), keeper.flush(other))
+
+            async def step(session: Session) -> None:
+                payload = Payload("raw", memoryview(CLIPS[0][:1].tobytes()), 0)
+                await predictor.through(session.id, lambda session: predictor.advance(session, 0, 1, payload, ALL))
+
+            store.failing = failing.id
+            first = asyncio.ensure_future(step(failing))
+            for _ in range(20):
+                await asyncio.sleep(0)  # so that it is under way before the other, in a save of its own
+            await asyncio.gather(first, step(other))
+            assert not keeper.down
+            held = await store.load(failing.id)
+            assert held is not None
+            assert held.record is not None
+            assert Record.from_bytes(held.record).next_frame == 1
+
+    loop = Clockwork()
+    try:
+        loop.run_until_complete(scenario())
+    finally:
+        loop.close()
