@@ -62,10 +62,11 @@ def test_streams_under_fire(models: Path, valkey: Valkey, tmp_path: Path) -> Non
 
     others = Others()
     stalls = asyncio.run(scenario())
-    if (cores := others.cores()) > MOST_OTHERS:
-        print(f"other programs took {cores:.1f} cores: how long streams waited says nothing about the service, and is NOT judged")
+    p99, cores = float(np.percentile(stalls, 99)), others.cores()
+    if p99 >= MOST_STALL_S and cores > MOST_OTHERS:
+        print(f"other programs took {cores:.1f} cores: that streams waited {p99:.1f} s says nothing about the service, and is NOT judged")
     else:
-        assert np.percentile(stalls, 99) < MOST_STALL_S
+        assert p99 < MOST_STALL_S
 
 
 def test_steps_and_sequences_under_fire_are_certain_once_they_are_answered(models: Path, valkey: Valkey, tmp_path: Path) -> None:
