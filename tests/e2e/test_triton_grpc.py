@@ -796,9 +796,11 @@ def refusal_of(stub: Any, metadata: Any) -> Any:
 def both(address: str) -> Iterator[list[Any]]:
     """One client of each kind."""
     clients = [kind(address) for kind in CLIENTS.values()]
-    yield clients
-    for client in clients:
-        client.close()
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
 
 
 def test_expiry_capacity_and_strictness(models: Path, tmp_path: Path) -> None:
