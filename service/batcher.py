@@ -31,7 +31,8 @@ AHEAD = 16  # jobs that are worth a batch of their own while another is running;
 AHEAD_FRAMES = 32  # unless they have so many frames together
 INLINE_S = 0.0005  # longest run that may hold up the event loop: the way through the thread and back costs half of it
 TRIED = 2.0  # times as long it may take on the thread to be tried on the event loop now and then
-AGAIN = 64  # runs on the thread between two such tries
+AGAIN = 64  # runs on the thread between two such tries,
+TRY = 8  # of so many runs in a row: the first finds nothing in the caches
 LOOK_S = 0.05  # how often those that wait are looked at for deadlines that have passed
 
 log = structlog.get_logger("batcher")
@@ -114,7 +115,8 @@ class Batcher:
         self._stopping = False
         self._here_s = math.inf  # seconds per frame of runs of one row on the event loop, the latest count most
         self._there_s = math.inf  # of the last such run on the thread
-        self._untried = AGAIN  # runs on the thread since one was tried here
+        self._untried = AGAIN  # runs on the thread since some were tried here
+        self._trying = 0  # runs that are left of a try
         self.waiting = 0  # jobs that are not done
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -187,7 +189,8 @@ class Batcher:
             return self._turn_away()
         while self._line and (not self._flying or (self._flying == 1 and self._is_worth(1))):
             rows = self._most_rows
-            if not self._flying and self._is_worth(2):  # halves: answers to one are written, and what comes upon them read, while the other runs
+            if not self._flying and self.waiting == len(self._line) and self._is_worth(2):
+                # all there is has come at once: in halves, so that one is answered, and what comes upon that read, while the other runs
                 rows = min(rows, (len(self._line) + 1) // 2)
             jobs, steps, dropped = form_batch(self._line, rows, self._aboard)
             if dropped:
@@ -212,9 +215,7 @@ class Batcher:
         alone = len(jobs) == 1 and not self._flying and not self._line
         if alone and self._may_run_here(jobs[0].frames):
             self._run(batch)
-            frame_s = batch.seconds / steps
-            # a run that was interrupted counts as one of twice the time: it says nothing of the next
-            self._here_s = frame_s if self._here_s == math.inf else 0.75 * self._here_s + 0.25 * min(frame_s, 2 * self._here_s)
+            self._ran_here(batch.seconds / steps)
             return self._take_apart(batch)
         self._flying += 1
         self._aboard.update(job.stream for job in jobs)
@@ -223,11 +224,24 @@ class Batcher:
     def _may_run_here(self, frames: int) -> bool:
         if frames * self._here_s < INLINE_S:
             return True
-        self._untried += 1
-        if self._untried < AGAIN or frames * self._there_s > TRIED * INLINE_S:
+        if frames * self._there_s > TRIED * INLINE_S:
             return False
-        self._untried, self._here_s = 0, math.inf
+        if self._trying:
+            return True
+        self._untried += 1
+        if self._untried < AGAIN:
+            return False
+        self._untried, self._trying, self._here_s = 0, TRY, math.inf
         return True
+
+    def _ran_here(self, frame_s: float) -> None:
+        if self._trying:
+            self._trying -= 1
+            self._here_s = min(self._here_s, frame_s)
+        elif self._here_s == math.inf:
+            self._here_s = frame_s
+        else:  # a run that was interrupted counts as one of twice the time: it says nothing of the next
+            self._here_s += 0.25 * (min(frame_s, 2 * self._here_s) - self._here_s)
 
     def _land(self, batch: _Batch) -> None:
         """A batch is back from the thread."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import AGAIN, AHEAD, AHEAD_FRAMES, INLINE_S, MOST_STEPS, WASTE, Awaited, Batcher, form_batch
+from service.batcher import AGAIN, AHEAD, AHEAD_FRAMES, INLINE_S, MOST_STEPS, TRY, WASTE, Awaited, Batcher, form_batch
 from service.errors import Deadline, Draining, Overloaded
 
 
@@ -292,7 +292,7 @@ def test_work_that_might_be_short_is_tried_on_the_event_loop_now_and_then() -> N
             await ask(batcher, 1, 1)
 
     with_batcher(scenario, step)
-    assert 1 <= sum(here) <= 3, "once in a while, as it is never short"
+    assert TRY <= sum(here) <= 3 * TRY, "some once in a while, as it is never short"
     here.clear()
     pause = 0.0
 
