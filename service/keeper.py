@@ -258,9 +258,9 @@ class Keeper:
     def _lost(self, session_id: str, outcome: Outcome) -> None:
         session = self._house.get(session_id)
         if session is not None:
-            error = SessionNotFound("the session was ended elsewhere")
-            if outcome is not Outcome.ENDED:
-                error = TakenOver("another process has taken this session over", next_frame=session.next_frame)  # type: ignore[assignment]
+            error: ServiceError = TakenOver("another process has taken this session over", next_frame=session.next_frame)
+            if outcome is Outcome.ENDED:
+                error = SessionNotFound("the session was ended elsewhere")
             self._go(self._house.give_up(session, error))
 
     async def _keep_alive(self) -> None:
