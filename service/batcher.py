@@ -41,33 +41,20 @@ log = structlog.get_logger("batcher")
 class Job:
     """One piece of work: `stream` tells whose frames they are (0: nobody else's), `frames` how many are left to run."""
 
-    __slots__ = ("begun", "cancelled", "deadline", "frames", "queued", "stream")
+    __slots__ = ("begun", "cancelled", "deadline", "error", "frames", "future", "over", "queued", "settled", "stream")
 
     def __init__(self, stream: int, frames: int, queued: float, deadline: float) -> None:
         self.stream = stream
         self.frames = frames
         self.queued = queued  # on time.monotonic's clock, like the deadline
         self.deadline = deadline
-        self.begun = self.cancelled = False
+        self.begun = self.cancelled = self.over = False
+        self.error: BaseException | None = None
+        self.future: asyncio.Future[None]  # of who waits for it with `Batcher.run`
+        self.settled: Callable[[], None]
 
     def done(self, error: BaseException | None) -> None:
         """Called once, on the event loop: with None when all frames ran, else with the error that this job alone gets."""
-        raise NotImplementedError
-
-
-class Awaited(Job):
-    """A job that somebody waits for with `Batcher.run`."""
-
-    __slots__ = ("error", "future", "over", "settled")
-
-    def __init__(self, stream: int, frames: int, queued: float, deadline: float) -> None:
-        super().__init__(stream, frames, queued, deadline)
-        self.future: asyncio.Future[None]
-        self.settled: Callable[[], None]
-        self.error: BaseException | None = None
-        self.over = False
-
-    def done(self, error: BaseException | None) -> None:
         self.error, self.over = error, True
         if error is None:
             self.settled()
@@ -150,7 +137,7 @@ class Batcher:
             self._due = True
             self._loop.call_soon(self._pump)  # what else comes in this turn of the event loop joins it
 
-    async def run(self, job: Awaited, settled: Callable[[], None]) -> None:
+    async def run(self, job: Job, settled: Callable[[], None]) -> None:
         """Waits until all frames of the job ran; raises the job's error, `Overloaded`, `Deadline` or `Draining`.
 
         `settled` is called once when the job has run without error, even if the caller has left meanwhile.

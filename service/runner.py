@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service import notes
-from service.batcher import Awaited, Batcher
+from service.batcher import Batcher, Job
 from service.engine import Floats, Lengths
 from service.errors import Diverged
 from service.frames import FrameReader, all_fine
@@ -29,7 +29,7 @@ class Suspect(Exception):
     """Among frames that were sent on unread is a number that is no measurement: they must be read with care, which tells what is wrong. Nothing has changed."""
 
 
-class Stretch(Awaited):
+class Stretch(Job):
     """Consecutive frames of one stream on their way through the model.
 
     It starts from its row and writes it back when all frames are done: a message takes effect as a whole or not at all.

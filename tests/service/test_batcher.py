@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import AGAIN, AHEAD, AHEAD_FRAMES, INLINE_S, MOST_STEPS, TRY, WASTE, Awaited, Batcher, form_batch
+from service.batcher import AGAIN, AHEAD, AHEAD_FRAMES, INLINE_S, MOST_STEPS, TRY, WASTE, Batcher, Job, form_batch
 from service.errors import Deadline, Draining, Overloaded
 
 
-class Toy(Awaited):
+class Toy(Job):
     """Work that counts its frames down."""
 
     __slots__ = ("ran",)
