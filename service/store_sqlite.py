@@ -28,6 +28,7 @@ APPLICATION = 0x49524E4E  # says whose file it is
 VERSION = 1  # of the table below
 MOST_QUEUED = 64  # calls, each of at most one batch
 START_WITHIN_S = 60.0  # the whole file is checked
+_AGAIN_S = 0.005
 _PURGE_S = 10.0
 _PLACE = struct.Struct(">QQ")  # next_frame and sequence: SQLite's own integers have a sign
 _TABLE = """
@@ -49,6 +50,7 @@ class SqliteStore:
         self._path = path
         self._thread = ThreadPoolExecutor(1, "store-sqlite")
         self._database: sqlite3.Connection | None = None  # the thread's
+        self._patience_s = 0.8 * settings.timeout_s  # with other processes at the file, within the time of a call
         self._places = threading.Semaphore(MOST_QUEUED)
         self._purge_at = 0.0
 
@@ -200,7 +202,7 @@ class SqliteStore:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # records hold ids, which are keys to sessions
         except OSError as error:
             raise StartupError(f"sessions cannot be kept in {self._path}: {error.strerror}") from None
-        database = sqlite3.connect(self._path, timeout=0.8 * self.settings.timeout_s, isolation_level=None)
+        database = sqlite3.connect(self._path, timeout=self._patience_s, isolation_level=None)
         try:
             self._prepare(database)
         except BaseException:
@@ -212,8 +214,7 @@ class SqliteStore:
         try:
             with _transaction(database, write=False):  # another process may be making it
                 self._check_ours(database)  # before anything is written
-            [mode] = database.execute("PRAGMA journal_mode = WAL").fetchone()
-            if mode != "wal":
+            if self._write_ahead(database) != "wal":
                 raise StartupError(f"sessions cannot be kept in {self._path}: no write-ahead log there; is it on a network file system?")
             database.execute(f"PRAGMA synchronous = {'FULL' if self.settings.durability == 'fsynced' else 'NORMAL'}")
             with _transaction(database):
@@ -229,6 +230,19 @@ class SqliteStore:
             raise  # locked, full, read-only: may pass
         except sqlite3.DatabaseError as error:
             raise StartupError(f"{self._path} cannot be read ({error}): move it away, and the service begins a new one") from None
+
+    def _write_ahead(self, database: sqlite3.Connection) -> str:
+        """Turns the log on and returns its mode. SQLite does not wait for another process in this one statement: it says at once that the file is locked."""
+        until = time.monotonic() + self._patience_s
+        while True:
+            try:
+                [mode] = database.execute("PRAGMA journal_mode = WAL").fetchone()
+            except sqlite3.OperationalError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_AGAIN_S)
+            else:
+                return str(mode)
 
     def _check_ours(self, database: sqlite3.Connection) -> bool:
         """Whether the file is empty; raises `StartupError` for what others wrote."""

@@ -36,9 +36,11 @@ def work(server: Server, http: httpx.Client) -> None:
 
 def test_the_page_tells_what_was_done(start: Callable[..., Any]) -> None:
     with start("--sessions", "3") as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        began = time.monotonic()
         work(server, http)
         for _ in range(2):
             http.post("/v1/models/channels/sessions")
+        took_s = time.monotonic() - began
         value = http.get("/v1/stats").json()
         assert value["uptime_s"] > 0
         assert value["memory_bytes"] > 10 * 2**20
@@ -49,7 +51,7 @@ def test_the_page_tells_what_was_done(start: Callable[..., Any]) -> None:
         streamed, clip, idle = models["channels", "10"], models["channels", "9"], models["gappy", "1"]
         assert (streamed["device"], streamed["provider"], streamed["sessions"]) == ("cpu", "CPUExecutionProvider", 3)
         assert (streamed["frames"], clip["frames"], idle["frames"]) == (18, 6, 0)
-        assert 0 < streamed["frames_per_s_10s"] <= 18 / 0.1
+        assert 0 < streamed["frames_per_s_10s"] <= 18 / min(took_s, 10) + 0.01, "over the time since the start, which was before the first of them"
         assert 0 < streamed["wait_p50_ms"] <= streamed["wait_p99_ms"]
         assert 0 < streamed["latency_p50_ms"] <= streamed["latency_p99_ms"]
         assert streamed["latency_p99_ms"] >= streamed["wait_p99_ms"] / 1.2  # within what buckets tell

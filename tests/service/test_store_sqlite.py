@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ def test_what_was_confirmed_outlives_a_kill(tmp_path: Path, durability: str) -> 
     """A process that saves as fast as it can is killed; whatever it had said to be saved is there."""
     script = """
 import asyncio, sys
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from service.store import Checkpoint, StoreSettings
 from service.store_sqlite import SqliteStore
@@ -90,6 +93,7 @@ def test_two_processes_share_a_file(tmp_path: Path) -> None:
     """Each attaches the same session 200 times; no epoch is given out twice."""
     script = """
 import asyncio, sys
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from service.store import StoreSettings
 from service.store_sqlite import SqliteStore
@@ -127,6 +131,29 @@ def test_many_begin_a_file_at_once(tmp_path: Path) -> None:
 
     for number in range(20):
         asyncio.run(at_once(tmp_path / str(number)))
+
+
+def _begin_all(paths: list[Path], together: Barrier) -> None:
+    async def begin(path: Path) -> None:
+        store = SqliteStore(StoreSettings(timeout_s=20), path)
+        await store.start()
+        await store.close()
+
+    for path in paths:
+        together.wait(60)
+        asyncio.run(begin(path))
+
+
+def test_two_processes_begin_files_at_the_same_moment(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    together = spawn.Barrier(2)
+    paths = [tmp_path / str(number) for number in range(60)]
+    processes = [spawn.Process(target=_begin_all, args=(paths, together)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_only_its_owner_reads_the_file(tmp_path: Path) -> None:
