@@ -4,14 +4,13 @@ The event loop forms batches and takes them apart; a thread does nothing but run
 written and messages read while the next batch runs: where enough work is ready, a second batch waits at the thread's door, and the model does not
 stand still while the event loop is busy.
 
-Going through the thread costs as much as a short step of a model. So work that is alone, and short as the latest runs show, runs on the event loop itself.
-How long a run takes here and how long there are two things: the thread wakes on another core, whose caches have nothing of the model.
+Going through the thread costs as much as a short step of a model. So a batch that is all there is to do, and short as the latest runs show, runs on the
+event loop itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import deque
@@ -23,16 +22,13 @@ from typing import Any, Protocol
 import structlog
 
 from service.errors import Deadline, Draining, Overloaded
+from service.inline import Inline
 
 MOST_STEPS = 32  # longest slice: a long chunk does not hold up streams that wait for one frame
 MOST_PADDED = 1024  # rows x steps of a batch, for the same reason
 WASTE = 1.5  # padded size over real frames
 AHEAD = 16  # jobs that are worth a batch of their own while another is running; fewer wait for more,
 AHEAD_FRAMES = 32  # unless they have so many frames together
-INLINE_S = 0.001  # longest run that may hold up the event loop, where nobody else is at work: through the thread it would take half as long again
-TRIED = 2.0  # times as long it may take on the thread to be tried on the event loop now and then
-AGAIN = 64  # runs on the thread between two such tries,
-TRY = 8  # of so many runs in a row: the first finds nothing in the caches
 LOOK_S = 0.05  # how often those that wait are looked at for deadlines that have passed
 
 log = structlog.get_logger("batcher")
@@ -100,10 +96,7 @@ class Batcher:
         self._due = False  # whether `_pump` will be called
         self._watch: asyncio.TimerHandle | None = None
         self._stopping = False
-        self._here_s = math.inf  # seconds per frame of runs of one row on the event loop, the latest count most
-        self._there_s = math.inf  # of the last such run on the thread
-        self._untried = AGAIN  # runs on the thread since some were tried here
-        self._trying = 0  # runs that are left of a try
+        self._inline = Inline()
         self.waiting = 0  # jobs that are not done
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -133,9 +126,7 @@ class Batcher:
             self._quiet.clear()
         self.waiting += 1
         self._line.append(job)
-        if not self._due:
-            self._due = True
-            self._loop.call_soon(self._pump)  # what else comes in this turn of the event loop joins it
+        self._call_pump()  # what else comes in this turn of the event loop joins it
 
     async def run(self, job: Job, settled: Callable[[], None]) -> None:
         """Waits until all frames of the job ran; raises the job's error, `Overloaded`, `Deadline` or `Draining`.
@@ -169,12 +160,17 @@ class Batcher:
 
     # ---- on the event loop
 
+    def _call_pump(self) -> None:
+        if self._line and not self._due:
+            self._due = True
+            self._loop.call_soon(self._pump)
+
     def _pump(self) -> None:
         """Hands batches to the thread as long as it can use them."""
         self._due = False
         if self._stopping:
             return self._turn_away()
-        while self._line and (not self._flying or (self._flying == 1 and self._is_worth(1))):
+        while self._line and not self._due and (not self._flying or (self._flying == 1 and self._is_worth(1))):
             rows = self._most_rows
             if not self._flying and self.waiting == len(self._line) and self._is_worth(2):
                 # all there is has come at once: in halves, so that one is answered, and what comes upon that read, while the other runs
@@ -199,47 +195,29 @@ class Batcher:
             batch = _Batch(jobs, self._model.prepare(jobs, steps), steps)
         except Exception as error:
             return self._settle([(job, error) for job in jobs])
-        alone = len(jobs) == 1 and not self._flying and not self._line
-        if alone and self._may_run_here(jobs[0].frames):
+        if self._flying or self._line:
+            self._inline.crowded()
+        elif self._inline.allows(len(jobs) * steps):
             self._run(batch)
-            self._ran_here(batch.seconds / steps)
-            return self._take_apart(batch)
+            self._inline.ran_here(len(jobs) * steps, batch.seconds)
+            self._settle(self._take_apart(batch))
+            return self._call_pump()  # not at once: others than this model want the event loop as well
         self._flying += 1
         self._aboard.update(job.stream for job in jobs)
         self._inbox.put(batch)
 
-    def _may_run_here(self, frames: int) -> bool:
-        if frames * self._here_s < INLINE_S:
-            return True
-        if frames * self._there_s > TRIED * INLINE_S:
-            return False
-        if self._trying:
-            return True
-        self._untried += 1
-        if self._untried < AGAIN:
-            return False
-        self._untried, self._trying, self._here_s = 0, TRY, math.inf
-        return True
-
-    def _ran_here(self, frame_s: float) -> None:
-        if self._trying:
-            self._trying -= 1
-            self._here_s = min(self._here_s, frame_s)
-        elif self._here_s == math.inf:
-            self._here_s = frame_s
-        else:  # a run that was interrupted counts as one of twice the time: it says nothing of the next
-            self._here_s += 0.25 * (min(frame_s, 2 * self._here_s) - self._here_s)
-
     def _land(self, batch: _Batch) -> None:
         """A batch is back from the thread."""
-        if len(batch.jobs) == 1:
-            self._there_s = batch.seconds / batch.steps
+        self._inline.ran_there(len(batch.jobs) * batch.steps, batch.seconds)
         self._flying -= 1
         self._aboard.difference_update([job.stream for job in batch.jobs])
         self._landed.set()
-        self._take_apart(batch)
+        done = self._take_apart(batch)
+        self._pump()  # first of all the model gets its next batch
+        self._settle(done)
 
-    def _take_apart(self, batch: _Batch) -> None:
+    def _take_apart(self, batch: _Batch) -> list[tuple[Any, BaseException | None]]:
+        """Who is done and with what error; those with frames left are in the line again."""
         jobs, error = batch.jobs, batch.error
         outcomes: Sequence[Exception | None] = ()
         if error is None:
@@ -259,9 +237,7 @@ class Batcher:
                     self._line.append(job)
                 else:
                     done.append((job, outcome))
-        if self._line:
-            self._pump()  # first of all the model gets its next batch
-        self._settle(done)
+        return done
 
     def _settle(self, done: Sequence[tuple[Any, BaseException | None]]) -> None:
         self.waiting -= len(done)
@@ -288,7 +264,7 @@ class Batcher:
         line, self._line = list(self._line), deque()
         self._settle([(job, Draining("the service is shutting down")) for job in line])
 
-    # ---- on the thread, and for short work that is alone on the event loop
+    # ---- on the thread, and for short batches on the event loop
 
     def _run_batches(self) -> None:
         while (batch := self._inbox.get()) is not None:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import AGAIN, AHEAD, AHEAD_FRAMES, INLINE_S, MOST_STEPS, TRY, WASTE, Batcher, Job, form_batch
+from service.batcher import AHEAD, AHEAD_FRAMES, MOST_STEPS, WASTE, Batcher, Job, form_batch
 from service.errors import Deadline, Draining, Overloaded
+from service.inline import Inline
 
 
 class Toy(Job):
@@ -241,69 +242,77 @@ def test_stopping_turns_waiting_work_away() -> None:
     asyncio.run(run())
 
 
-def test_work_that_is_alone_and_short_runs_on_the_event_loop() -> None:
-    batches: list[tuple[list[int], bool]] = []
-    pause = 0.0
+class Ordered(Inline):
+    """Allows as it is told."""
+
+    def __init__(self, allowed: bool) -> None:
+        super().__init__()
+        self.allowed = allowed
+        self.told: list[str] = []
+
+    def allows(self, frames: int) -> bool:
+        self.told.append(f"asked {frames}")
+        return self.allowed
+
+    def crowded(self) -> None:
+        self.told.append("crowded")
+
+    def ran_here(self, frames: int, seconds: float) -> None:
+        self.told.append(f"here {frames}")
+        assert seconds >= 0
+
+    def ran_there(self, frames: int, seconds: float) -> None:
+        self.told.append(f"there {frames}")
+        assert seconds >= 0
+
+
+def test_short_batches_run_on_the_event_loop() -> None:
+    here: list[bool] = []
 
     def step(works: Sequence[Toy], steps: int) -> list[Exception | None]:
-        batches.append(([work.stream for work in works], threading.current_thread() is threading.main_thread()))
-        time.sleep(pause)
+        here.append(threading.current_thread() is threading.main_thread())
         return [None] * len(works)
 
     async def together(batcher: Batcher, *frames: int) -> None:
         await asyncio.gather(*(ask(batcher, 1 + i, count) for i, count in enumerate(frames)))
 
     async def scenario(batcher: Batcher) -> None:
-        nonlocal pause
-        batcher._untried = -100  # nothing is tried
-        await together(batcher, 1)  # nothing is known yet
-        batcher._here_s = INLINE_S / 4  # whatever this machine measured
+        batcher._inline = inline = Ordered(True)
         await together(batcher, 3)
-        batcher._here_s = INLINE_S / 4
-        await together(batcher, 4)  # too long
-        pause = 20 * INLINE_S
-        batcher._here_s = INLINE_S * 0.9
-        await together(batcher, 1)  # was not short after all
-        await together(batcher, 1)
-        pause, batcher._here_s = 0.0, 0.0
-        await together(batcher, 1, 1)
-        await together(batcher, 1)
-        batcher._here_s = 0.0
-        await together(batcher, MOST_STEPS + 1)  # in two slices
+        await together(batcher, 2, 2, 2)
+        assert (inline.told, here) == (["asked 3", "here 3", "asked 6", "here 6"], [True, True])
+        inline.told, inline.allowed = [], False
+        await together(batcher, 2)
+        assert (inline.told, here[2:]) == (["asked 2", "there 2"], [False])
+        inline.told = []
+        await together(batcher, MOST_STEPS, 1)  # not one batch
+        assert inline.told[0] == "crowded"
+        assert here[3] is False
 
     with_batcher(scenario, step)
-    inline = [inline for _, inline in batches]
-    assert inline == [False, True, False, True, False, False, True, True, True]
-    assert batches[5][0] == [1, 2]
 
 
-def test_work_that_might_be_short_is_tried_on_the_event_loop_now_and_then() -> None:
-    here: list[bool] = []
-    pause = 2 * INLINE_S
+def test_a_long_job_on_the_event_loop_lets_others_have_it_between_slices() -> None:
+    """However many slices it has."""
+    turns = 0
 
     def step(works: Sequence[Toy], steps: int) -> list[Exception | None]:
-        here.append(threading.current_thread() is threading.main_thread())
-        time.sleep(pause)
         return [None]
 
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
     async def scenario(batcher: Batcher) -> None:
-        for _ in range(2 * AGAIN):
-            batcher._there_s = 2 * INLINE_S
-            await ask(batcher, 1, 1)
+        batcher._inline = Ordered(True)
+        other = asyncio.create_task(others())
+        await ask(batcher, 1, 2000 * MOST_STEPS)
+        other.cancel()
+        assert turns >= 2000
 
     with_batcher(scenario, step)
-    assert TRY <= sum(here) <= 3 * TRY, "some once in a while, as it is never short"
-    here.clear()
-    pause = 0.0
-
-    async def fast(batcher: Batcher) -> None:
-        for _ in range(AGAIN):
-            batcher._there_s = 2 * INLINE_S
-            await ask(batcher, 1, 1)
-            batcher._here_s = min(batcher._here_s, INLINE_S / 2)  # what a noisy machine makes of nothing
-
-    with_batcher(fast, step)
-    assert sum(here) >= AGAIN - 1, "short, as it turned out"
 
 
 def test_a_failure_on_the_event_loop_is_its_callers() -> None:
@@ -312,8 +321,8 @@ def test_a_failure_on_the_event_loop_is_its_callers() -> None:
         raise RuntimeError("the whole batch")
 
     async def scenario(batcher: Batcher) -> None:
+        batcher._inline = Ordered(True)
         for _ in range(2):
-            batcher._here_s = 0.0
             with pytest.raises(RuntimeError, match="the whole batch"):
                 await ask(batcher, 1, 1)
 
