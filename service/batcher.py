@@ -66,8 +66,11 @@ class Model(Protocol):
 
     def compute(self, prepared: Any) -> Any: ...
 
-    def commit(self, jobs: Sequence[Any], prepared: Any, result: Any, seconds: float) -> Sequence[Exception | None]:
+    def commit(self, jobs: Sequence[Any], prepared: Any, result: Any) -> Sequence[Exception | None]:
         """Takes the result, counts `frames` of each job down, and returns for each None or the error that it alone gets."""
+
+    def account(self, prepared: Any, seconds: float) -> None:
+        """Told last of a batch that was committed, when its jobs are done: how long `compute` took."""
 
 
 @dataclass(slots=True)
@@ -201,6 +204,7 @@ class Batcher:
             self._run(batch)
             self._inline.ran_here(len(jobs) * steps, batch.seconds)
             self._settle(self._take_apart(batch))
+            self._account(batch)
             return self._call_pump()  # not at once: others than this model want the event loop as well
         self._flying += 1
         self._aboard.update(job.stream for job in jobs)
@@ -215,6 +219,7 @@ class Batcher:
         done = self._take_apart(batch)
         self._pump()  # first of all the model gets its next batch
         self._settle(done)
+        self._account(batch)
 
     def _take_apart(self, batch: _Batch) -> list[tuple[Any, BaseException | None]]:
         """Who is done and with what error; those with frames left are in the line again."""
@@ -222,11 +227,11 @@ class Batcher:
         outcomes: Sequence[Exception | None] = ()
         if error is None:
             try:
-                outcomes = self._model.commit(jobs, batch.prepared, batch.result, batch.seconds)
+                outcomes = self._model.commit(jobs, batch.prepared, batch.result)
                 if len(outcomes) != len(jobs):
                     raise ValueError(f"{len(outcomes)} outcomes of {len(jobs)} jobs")
             except Exception as caught:
-                error = caught
+                error = batch.error = caught
         done: list[tuple[Any, BaseException | None]]
         if error is not None:  # a failing batch fails its own callers, and nobody else
             done = [(job, error) for job in jobs]
@@ -248,6 +253,10 @@ class Batcher:
                 job.done(error)
             except Exception:  # the others of the batch must hear of it all the same
                 log.exception("an answer failed")
+
+    def _account(self, batch: _Batch) -> None:
+        if batch.error is None:
+            self._model.account(batch.prepared, batch.seconds)
 
     def _look(self) -> None:
         """Tells those whose time is over while they wait."""

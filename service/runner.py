@@ -16,6 +16,7 @@ from service.batcher import Batcher, Job
 from service.engine import Floats, Lengths
 from service.errors import Diverged
 from service.frames import FrameReader, all_fine
+from service.histogram import Distribution
 from service.metrics import Metrics
 from service.model_files import Entry
 from service.sessions import Rows
@@ -60,15 +61,18 @@ class Stretch(Job):
 class Slices:
     """One batch as the model takes it, (rows, steps, ...) with `lengths` frames in each row."""
 
-    __slots__ = ("began", "frames", "lengths", "state", "steps", "suspects")
+    __slots__ = ("began", "came", "frames", "lengths", "state", "steps", "suspects", "took", "waits")
 
-    def __init__(self, frames: Floats, lengths: Lengths, state: Floats, steps: int, suspects: list[bool] | None, began: float) -> None:
+    def __init__(self, frames: Floats, lengths: Lengths, state: Floats, steps: int, suspects: list[bool] | None, began: float, waits: list[float]) -> None:
         self.frames = frames
         self.lengths = lengths
         self.state = state
         self.steps = steps
         self.suspects = suspects  # for each row whether it holds numbers that are none; None: no row does
         self.began = began
+        self.waits = waits  # seconds, of those of which this is the first slice
+        self.came = began
+        self.took: list[float] = []  # seconds, of those of which this was the last slice
 
 
 class Runner:
@@ -206,25 +210,22 @@ class Runner:
         for i, stretch in enumerate(stretches):
             if stretch.carry is not None:
                 state[i] = stretch.carry
-        self.frames_computed += steps * len(stretches)
-        self._padded.inc(steps * len(stretches))
-        self._waited_for(began, [began - stretch.queued for stretch in stretches if not stretch.at])
         counts = np.array(lengths, np.int64) if padding else np.full(len(stretches), steps, np.int64)
-        return Slices(frames, counts, state, steps, suspects, began)
+        return Slices(frames, counts, state, steps, suspects, began, [began - stretch.queued for stretch in stretches if not stretch.at])
 
     def compute(self, slices: Slices) -> tuple[Floats, Floats]:
         return self.engine.run_batch(slices.frames, slices.lengths, slices.state)
 
-    def commit(self, stretches: Sequence[Stretch], slices: Slices, result: tuple[Floats, Floats], seconds: float) -> list[Exception | None]:
+    def commit(self, stretches: Sequence[Stretch], slices: Slices, result: tuple[Floats, Floats]) -> list[Exception | None]:
         """Advances every stretch; one that diverges fails alone."""
-        came = time.monotonic()
+        slices.came = came = time.monotonic()
         scores, next_state = result
         diverged = _not_finite_rows(scores, next_state, slices.lengths)
         size, row_size = self.row_bytes, self.row_bytes * slices.steps
         values = scores.tobytes()
         outcomes: list[Exception | None] = []
         finished: list[int] = []
-        took: list[float] = []
+        took = slices.took
         for i, (stretch, length) in enumerate(zip(stretches, slices.lengths.tolist(), strict=True)):
             if slices.suspects is not None and slices.suspects[i]:
                 outcomes.append(Suspect())
@@ -246,34 +247,32 @@ class Runner:
         if finished:
             whole = len(finished) == len(stretches)
             self.rows.scatter([stretches[i].stream for i in finished], next_state if whole else next_state[finished])
-        self._count(slices, len(took), seconds, came)
-        self._answered_after(took)
         return outcomes
 
-    def _waited_for(self, now: float, waits: list[float]) -> None:
-        if len(waits) == 1:
-            self._waited.observe(waits[0])
-        elif waits:
-            self._waited.observe_many(np.array(waits))
-        self.statistics.waited(int(1e9 * math.fsum(waits)), len(waits))
-
-    def _answered_after(self, took: list[float]) -> None:
-        if len(took) == 1:
-            self._answered.observe(took[0])
-        elif took:
-            self._answered.observe_many(np.array(took))
-        self.statistics.succeeded(int(1e9 * math.fsum(took)), len(took))
-
-    def _count(self, slices: Slices, done: int, seconds: float, came: float) -> None:
-        rows, count = len(slices.lengths), int(slices.lengths.sum())
+    def account(self, slices: Slices, seconds: float) -> None:
+        """Counts a batch whose answers are out: nobody waits for figures."""
+        rows, frames, done, came = len(slices.lengths), int(slices.lengths.sum()), len(slices.took), slices.came
+        _observe(self._waited, slices.waits)
+        _observe(self._answered, slices.took)
         self._ran.observe(seconds)
         self._batch_rows.observe(rows)
-        self._frames.inc(count)
+        self._frames.inc(frames)
+        self._padded.inc(rows * slices.steps)
         self.batches_run += 1
         self.rows_run += rows
-        self.frames_run += count
+        self.frames_run += frames
+        self.frames_computed += rows * slices.steps
         waited = max(0.0, came - slices.began - seconds)  # from its being formed to its result, without the run
+        self.statistics.waited(int(1e9 * math.fsum(slices.waits)), len(slices.waits))
+        self.statistics.succeeded(int(1e9 * math.fsum(slices.took)), done)
         self.statistics.ran(rows, done, int(1e9 * waited), int(1e9 * seconds), int(1e9 * (time.monotonic() - came)))
+
+
+def _observe(child: Distribution, values: list[float]) -> None:
+    if len(values) == 1:
+        child.observe(values[0])
+    elif values:
+        child.observe_many(np.array(values))
 
 
 def _not_finite_rows(scores: Floats, next_state: Floats, lengths: Lengths) -> Flags | None:

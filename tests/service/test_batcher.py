@@ -39,6 +39,7 @@ class Model:
 
     def __init__(self, compute: Compute) -> None:
         self._compute = compute
+        self.accounted: list[list[int]] = []  # streams of each batch
 
     def prepare(self, jobs: Sequence[Toy], steps: int) -> tuple[list[Toy], int]:
         return list(jobs), steps
@@ -46,9 +47,15 @@ class Model:
     def compute(self, prepared: tuple[list[Toy], int]) -> Sequence[Exception | None]:
         return self._compute(*prepared)
 
-    def commit(self, jobs: Sequence[Toy], prepared: tuple[list[Toy], int], result: Sequence[Exception | None], seconds: float) -> Sequence[Exception | None]:
+    def commit(self, jobs: Sequence[Toy], prepared: tuple[list[Toy], int], result: Sequence[Exception | None]) -> Sequence[Exception | None]:
         advance([job for job, error in zip(jobs, result, strict=False) if error is None], prepared[1])
         return result
+
+    def account(self, prepared: tuple[list[Toy], int], seconds: float) -> None:
+        assert seconds >= 0
+        self.accounted.append([work.stream for work in prepared[0]])
+        for work in prepared[0]:
+            assert work.over or work.frames or work.future.done(), "answers first"
 
 
 def advance(works: Sequence[Toy], steps: int) -> None:
@@ -313,6 +320,27 @@ def test_a_long_job_on_the_event_loop_lets_others_have_it_between_slices() -> No
         assert turns >= 2000
 
     with_batcher(scenario, step)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_batch_is_accounted_for_once_and_after_its_answers_unless_it_fails(here: bool) -> None:
+    def step(works: Sequence[Toy], steps: int) -> list[Exception | None]:
+        if works[0].stream == 2:
+            raise RuntimeError("the whole batch")
+        return [ValueError("it alone") if work.stream == 3 else None for work in works]
+
+    async def run() -> None:
+        model = Model(step)
+        batcher = Batcher("toy", model, most_rows=8, most_waiting=10)
+        batcher._inline = Ordered(here)
+        batcher.start()
+        for streams in ((1,), (2,), (3, 4)):
+            await asyncio.gather(*(ask(batcher, stream, 1) for stream in streams), return_exceptions=True)
+        await ask(batcher, 1, MOST_STEPS + 1)
+        await batcher.stop()
+        assert model.accounted == [[1], [3, 4], [1], [1]]
+
+    asyncio.run(run())
 
 
 def test_a_failure_on_the_event_loop_is_its_callers() -> None:
