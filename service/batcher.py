@@ -198,16 +198,16 @@ class Batcher:
             batch = _Batch(jobs, self._model.prepare(jobs, steps), steps)
         except Exception as error:
             return self._settle([(job, error) for job in jobs])
-        if self._flying or self._line:
-            self._inline.crowded()
-        elif self._inline.allows(len(jobs) * steps):
+        streams = [job.stream for job in jobs]
+        self._inline.saw(streams, time.monotonic())
+        if not self._flying and not self._line and self._inline.allows(len(jobs), steps):
             self._run(batch)
             self._inline.ran_here(len(jobs) * steps, batch.seconds)
             self._settle(self._take_apart(batch))
             self._account(batch)
             return self._call_pump()  # not at once: others than this model want the event loop as well
         self._flying += 1
-        self._aboard.update(job.stream for job in jobs)
+        self._aboard.update(streams)
         self._inbox.put(batch)
 
     def _land(self, batch: _Batch) -> None:

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 INLINE_S = 0.0015  # longest run that may hold up the event loop
 TRIED = 2.0  # times as long a run may take on the thread to be tried on the event loop now and then
 TRY = 8  # of so many runs in a row: the first finds nothing in the caches
 AGAIN = 64  # runs on the thread between two tries; after each that failed twice as many,
 SELDOM = 4096  # at most
-HOLD = 8  # runs that stay on the thread after one that belonged there: where many streams are ready, event loop and model work side by side
+LATELY_S = 0.01  # streams that came up in so long are as many as there are at once
 
 
 class Inline:
     """Through the thread a short run takes half as long again, so the event loop makes it itself. How long a run takes here and how long there are two
-    things: the thread wakes on another core, whose caches have nothing of the model. `frames` is the padded size of a batch, rows x steps.
+    things: the thread wakes on another core, whose caches have nothing of the model.
+
+    Where so many streams are active that a run of all of them would be too long, their smaller batches stay on the thread as well: event loop and model
+    then work side by side. `frames` is the padded size of a batch, rows x steps.
     """
 
     def __init__(self) -> None:
         self._sizes: dict[int, _Size] = {}
-        self._hold = 0
+        self._streams: set[int] = set()  # of this period
+        self._before = 0  # how many there were in the last
+        self._until = -math.inf  # end of this period
 
-    def allows(self, frames: int) -> bool:
+    def saw(self, streams: Collection[int], now: float) -> None:
+        """A batch of these streams is about to run, here or there."""
+        if now >= self._until:
+            self._before = len(self._streams) if now < self._until + LATELY_S else 0
+            self._streams, self._until = set(), now + LATELY_S
+        self._streams.update(streams)
+
+    def allows(self, rows: int, steps: int) -> bool:
         """Whether a batch that is all there is to do runs on the event loop; `ran_here` or `ran_there` tells how long it took."""
-        size = self._of(frames)
-        if not size.may(frames):
-            self._hold = HOLD if size.there_s < math.inf else self._hold
+        size = self._of(rows * steps)
+        active = max(self._before, len(self._streams))
+        if active > rows and active * steps * size.frame_s > INLINE_S:
             return False
-        if self._hold:
-            self._hold -= 1
-            return False
-        return True
-
-    def crowded(self) -> None:
-        """There is more to do than one batch."""
-        self._hold = HOLD
+        return size.may(rows * steps)
 
     def ran_here(self, frames: int, seconds: float) -> None:
         self._of(frames).ran_here(frames, seconds)
@@ -56,6 +62,11 @@ class _Size:
         self.there_s = math.inf  # of the last run on the thread, where the first goes
         self.untried = self.again = AGAIN  # runs since the last try, and runs between two
         self.trying = 0  # runs that are left of a try
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds that a frame takes here, at most."""
+        return min(self.here_s, self.there_s)
 
     def may(self, frames: int) -> bool:
         if frames * self.here_s < INLINE_S:

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pytest
@@ -257,12 +257,12 @@ class Ordered(Inline):
         self.allowed = allowed
         self.told: list[str] = []
 
-    def allows(self, frames: int) -> bool:
-        self.told.append(f"asked {frames}")
-        return self.allowed
+    def saw(self, streams: Collection[int], now: float) -> None:
+        self.told.append(f"saw {len(streams)}")
 
-    def crowded(self) -> None:
-        self.told.append("crowded")
+    def allows(self, rows: int, steps: int) -> bool:
+        self.told.append(f"asked {rows} x {steps}")
+        return self.allowed
 
     def ran_here(self, frames: int, seconds: float) -> None:
         self.told.append(f"here {frames}")
@@ -287,13 +287,13 @@ def test_short_batches_run_on_the_event_loop() -> None:
         batcher._inline = inline = Ordered(True)
         await together(batcher, 3)
         await together(batcher, 2, 2, 2)
-        assert (inline.told, here) == (["asked 3", "here 3", "asked 6", "here 6"], [True, True])
+        assert (inline.told, here) == (["saw 1", "asked 1 x 3", "here 3", "saw 3", "asked 3 x 2", "here 6"], [True, True])
         inline.told, inline.allowed = [], False
         await together(batcher, 2)
-        assert (inline.told, here[2:]) == (["asked 2", "there 2"], [False])
+        assert (inline.told, here[2:]) == (["saw 1", "asked 1 x 2", "there 2"], [False])
         inline.told = []
         await together(batcher, MOST_STEPS, 1)  # not one batch
-        assert inline.told[0] == "crowded"
+        assert inline.told[:3] == ["saw 1", f"there {MOST_STEPS}", "saw 1"]
         assert here[3] is False
 
     with_batcher(scenario, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from service.inline import AGAIN, HOLD, INLINE_S, SELDOM, TRIED, TRY, Inline
+from service.inline import AGAIN, INLINE_S, LATELY_S, SELDOM, TRIED, TRY, Inline
 
 SHORT, LONG = INLINE_S / 4, 3 * INLINE_S
 
@@ -13,7 +13,7 @@ def play(inline: Inline, runs: int, frames: int, here_s: float, there_s: float) 
     """Whether each of so many runs was on the event loop, where it would take `here_s` and on the thread `there_s`."""
     places = []
     for _ in range(runs):
-        places.append(inline.allows(frames))
+        places.append(inline.allows(1, frames))
         if places[-1]:
             inline.ran_here(frames, here_s)
         else:
@@ -45,7 +45,7 @@ def test_what_is_long_here_is_tried_ever_more_seldom() -> None:
     tries = [number for number in range(1, runs) if places[number] and not places[number - 1]]
     pauses = [after - before for before, after in itertools.pairwise(tries)]
     assert pauses == sorted(pauses)
-    assert pauses[0] <= 2 * AGAIN + TRY + HOLD + 1
+    assert pauses[0] <= 2 * AGAIN + TRY
     assert pauses[-1] >= SELDOM
     assert sum(places) <= (len(tries) + 1) * TRY
 
@@ -61,7 +61,7 @@ def test_a_run_that_grew_long_leaves() -> None:
 def test_one_interrupted_run_says_nothing() -> None:
     inline = Inline()
     play(inline, 50, 1, SHORT, INLINE_S)
-    assert inline.allows(1)
+    assert inline.allows(1, 1)
     inline.ran_here(1, 1.0)
     assert play(inline, 10, 1, SHORT, INLINE_S) == [True] * 10
 
@@ -69,13 +69,32 @@ def test_one_interrupted_run_says_nothing() -> None:
 def test_sizes_are_judged_apart() -> None:
     inline = Inline()
     play(inline, 50, 64, LONG, LONG)
-    play(inline, HOLD + 1, 1, SHORT, INLINE_S)
-    assert inline.allows(1)
-    assert not inline.allows(64)
+    play(inline, 2, 1, SHORT, INLINE_S)
+    assert inline.allows(1, 1)
+    assert not inline.allows(1, 64)
 
 
-def test_where_much_is_to_do_small_batches_use_the_thread_too() -> None:
+def test_small_batches_of_many_streams_use_the_thread() -> None:
+    """A run of all of them together would be too long: event loop and model work side by side."""
     inline = Inline()
     play(inline, 50, 1, SHORT, INLINE_S)
-    inline.crowded()
-    assert play(inline, HOLD + 1, 1, SHORT, INLINE_S) == [False] * HOLD + [True]
+    now = 1000.0
+    for stream in range(1, 4):
+        inline.saw([stream], now)
+        assert inline.allows(1, 1)
+    inline.saw([1, 2, 3, 4, 5], now)
+    assert not inline.allows(1, 1)
+    now += LATELY_S
+    inline.saw([1], now)
+    assert not inline.allows(1, 1), "the others were there just before"
+    now += LATELY_S
+    inline.saw([1], now)
+    assert inline.allows(1, 1)
+
+
+def test_streams_of_long_ago_do_not_count() -> None:
+    inline = Inline()
+    play(inline, 50, 1, SHORT, INLINE_S)
+    inline.saw(range(1, 100), 1000.0)
+    inline.saw([1], 1000.0 + 2 * LATELY_S)
+    assert inline.allows(1, 1)
