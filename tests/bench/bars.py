@@ -54,6 +54,15 @@ def ratio(above: Variant, below: Variant, limit: float | None = None, name: str 
     return Bar(name or f"{above.name} over {below.name}", lambda report: report.ratio(above, below), limit, variants=(above, below))
 
 
+def in_turns(above: Variant, echo: Variant, alone: Variant) -> Bar:
+    """Over what a machine does that first makes the echo and then runs the model, on as many cores as each has alone."""
+
+    def value(report: Report) -> float | None:
+        return report.within([above, echo, alone], lambda ours, bare, step: ours.frames_per_s * (1 / bare.frames_per_s + 1 / step.frames_per_s))
+
+    return Bar(f"{above.name} over {echo.name} and onnxruntime in turns", value, variants=(above, echo, alone))
+
+
 def fact(name: str, limit: float | str | None = None, *others: str) -> Bar:
     return Bar(name, lambda report: report.facts.get(name), limit, True, facts=(name, *others))
 
@@ -75,6 +84,7 @@ def _services() -> list[Bar]:
         Bar("service 1: round trip over (echo + onnxruntime)", trip, 1.5, True, (service(1), echo(1), alone(1))),
         ratio(Variant("service", 64, 8), alone(64), 0.60),
         *(ratio(service(streams), alone(streams)) for streams in (16, 64, 256)),
+        *(in_turns(service(streams), echo(streams), alone(streams)) for streams in (16, 64, 256)),
         *(ratio(picows(streams), echo(streams)) for streams in (1, 64, 256)),
     ]
 
@@ -82,6 +92,7 @@ def _services() -> list[Bar]:
 def _requests() -> list[Bar]:
     return [
         ratio(Variant("infer", 64), Variant("http echo", 64), 0.38),
+        in_turns(Variant("infer", 64), Variant("http echo", 64), Variant("alone", 64)),
         ratio(Variant("steps", 64), Variant("json echo", 64), 1.4),
         ratio(Variant("clips", 16, CLIP), Variant("alone clips", 1, CLIP), 0.85),
     ]
