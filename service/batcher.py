@@ -173,11 +173,10 @@ class Batcher:
         self._due = False
         if self._stopping:
             return self._turn_away()
-        while self._line and not self._due and (not self._flying or (self._flying == 1 and self._is_worth(1))):
-            rows = self._most_rows
-            if not self._flying and self.waiting == len(self._line) and self._is_worth(2):
-                # all there is has come at once: in halves, so that one is answered, and what comes upon that read, while the other runs
-                rows = min(rows, (len(self._line) + 1) // 2)
+        while self._line and not self._due and (not self._flying or (self._flying == 1 and self._is_worth())):
+            rows, active = self._most_rows, self._inline.active
+            if active >= 2 * AHEAD:  # half of them at most: so that one half is answered, and what comes upon that read, while the other runs
+                rows = min(rows, (active + 1) // 2)
             jobs, steps, dropped = form_batch(self._line, rows, self._aboard)
             if dropped:
                 self._settle(dropped)
@@ -187,11 +186,9 @@ class Batcher:
         if self._line and self._watch is None:
             self._watch = self._loop.call_later(LOOK_S, self._look)
 
-    def _is_worth(self, batches: int) -> bool:
-        """Whether there is enough in the line for so many batches."""
-        if len(self._line) >= AHEAD * batches:
-            return True
-        return len(self._line) >= batches and sum(job.frames for job in self._line) >= AHEAD_FRAMES * batches
+    def _is_worth(self) -> bool:
+        """Whether what is in the line is enough for a batch that waits at the thread's door."""
+        return len(self._line) >= AHEAD or sum(job.frames for job in self._line) >= AHEAD_FRAMES
 
     def _launch(self, jobs: list[Any], steps: int) -> None:
         try:

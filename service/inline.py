@@ -34,10 +34,15 @@ class Inline:
             self._streams, self._until = set(), now + LATELY_S
         self._streams.update(streams)
 
+    @property
+    def active(self) -> int:
+        """Streams that are at it now."""
+        return max(self._before, len(self._streams))
+
     def allows(self, rows: int, steps: int) -> bool:
         """Whether a batch that is all there is to do runs on the event loop; `ran_here` or `ran_there` tells how long it took."""
         size = self._of(rows * steps)
-        active = max(self._before, len(self._streams))
+        active = self.active
         if active > rows and active * steps * size.frame_s > INLINE_S:
             return False
         return size.may(rows * steps)

@@ -252,8 +252,11 @@ def test_stopping_turns_waiting_work_away() -> None:
 class Ordered(Inline):
     """Allows as it is told."""
 
-    def __init__(self, allowed: bool) -> None:
+    active = 0
+
+    def __init__(self, allowed: bool, active: int = 0) -> None:
         super().__init__()
+        self.active = active
         self.allowed = allowed
         self.told: list[str] = []
 
@@ -436,19 +439,27 @@ def test_a_second_batch_is_made_while_one_runs_if_it_is_worth_it(waiting: list[i
     asyncio.run(run())
 
 
-def test_much_that_waits_goes_in_halves() -> None:
+def test_of_many_streams_half_go_at_a_time() -> None:
     """So that one half runs while the other is answered: all in one would keep model and event loop waiting for each other."""
-    gate = Gate()
+    batches: list[int] = []
 
-    async def run() -> None:
-        batcher = Batcher("toy", Model(gate), most_rows=64, most_waiting=100)
+    def step(works: Sequence[Toy], steps: int) -> list[Exception | None]:
+        batches.append(len(works))
+        return [None] * len(works)
+
+    async def stream(batcher: Batcher, number: int) -> None:
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            await ask(batcher, number, 1)
+
+    async def largest(count: int) -> int:
+        batches.clear()
+        batcher = Batcher("toy", Model(step), most_rows=64, most_waiting=100)
+        batcher._inline = Ordered(False, count)
         batcher.start()
-        tasks = [asyncio.create_task(ask(batcher, 1 + i, 1)) for i in range(2 * AHEAD + 1)]
-        gate.open.set()
-        await asyncio.gather(*tasks)
-        few = [asyncio.create_task(ask(batcher, 1 + i, 1)) for i in range(2 * AHEAD - 1)]
-        await asyncio.gather(*few)
+        await asyncio.gather(*(stream(batcher, 1 + number) for number in range(count)))
         await batcher.stop()
+        return max(batches)
 
-    asyncio.run(run())
-    assert [len(batch) for batch in gate.batches] == [AHEAD + 1, AHEAD, 2 * AHEAD - 1]
+    assert asyncio.run(largest(2 * AHEAD + 8)) == AHEAD + 4
+    assert asyncio.run(largest(2 * AHEAD - 1)) == 2 * AHEAD - 1, "too few for two batches"
