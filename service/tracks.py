@@ -38,6 +38,7 @@ log = structlog.get_logger("tracks")
 
 STALLED_S = 10.0  # a client that overran its window and so cannot be heard any more is told
 LOOK_S = 1.0  # how often who waits for an ack looks whether it can come
+TELL_S = 0.25  # least time between two words of how far the stream is durable: a client needs it to let go of frames, which does not hurry
 TOGETHER = 32  # frames of messages that have piled up and are run as one
 _DEFAULTS = Options(scores="all")
 
@@ -80,6 +81,8 @@ class Track:
         self._idle = False  # whether the task waits for a message
         self._flying: list[Frames] = []  # messages that are with the model, without the task
         self._over = self._binary = False
+        self._durable = self._told = 0  # frames below survive this process; the client knows it of these
+        self._tell: asyncio.TimerHandle | None = None
         self._last: ServiceError | None = None
         self._stopped: ServiceError | None = None
         self.task: asyncio.Task[None] | None = None
@@ -121,8 +124,16 @@ class Track:
 
     def durable(self, frame: int) -> None:
         """Every frame below survives this process."""
-        if not self._over:
-            self._link.send(write("durable", track=self.number, frame=frame))
+        self._durable = frame
+        if self._tell is None:
+            self._tell_durable()
+
+    def _tell_durable(self) -> None:
+        self._tell = None
+        if self._told < self._durable and not self._over:
+            self._told = self._durable
+            self._link.send(write("durable", track=self.number, frame=self._told))
+            self._tell = asyncio.get_running_loop().call_later(TELL_S, self._tell_durable)
 
     def warn(self, error: ServiceError) -> None:
         """Something is wrong that does not end the stream."""
@@ -148,6 +159,8 @@ class Track:
             error = self._stopped
         finally:
             self._over = True
+            if self._tell is not None:
+                self._tell.cancel()
             if self._session is not None:
                 self._predictor.detach(self._session, self)
         self._link.ended(self, error)

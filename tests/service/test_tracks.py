@@ -28,6 +28,8 @@ from service.gate import Gate
 from service.metrics import Metrics
 from service.predictor import Predictor
 from service.settings import Settings
+from service.store import Store, StoreSettings
+from service.store_memory import MemoryStore
 from service.streaming import Sockets, Stream
 from tests.toy_models import CHANNELS, example_frames
 
@@ -128,9 +130,12 @@ def catalog(models: Path) -> Catalog:
     return Catalog.load([models], "cpu", 1)
 
 
-def serve(catalog: Catalog, scenario: Callable[[House], Awaitable[Any]], **changes: Any) -> Any:
+def serve(catalog: Catalog, scenario: Callable[[House], Awaitable[Any]], store: Store | None = None, **changes: Any) -> Any:
     async def run() -> Any:
-        async with Predictor(catalog, Settings(**changes), Metrics()) as predictor:
+        predictor = Predictor(catalog, Settings(**changes), Metrics())
+        if store is not None:
+            predictor.keep_in(store)
+        async with predictor:
             result = await scenario(House(predictor))
             assert all(session.owner is None for session in predictor.sessions), "a websocket is gone and still owns a session"
             return result
@@ -593,3 +598,33 @@ def test_what_waits_on_a_connection_is_bounded_in_bytes(catalog: Catalog, monkey
             assert most < 200
 
     serve(catalog, scenario)
+
+
+def test_how_far_a_stream_is_durable_is_told_at_once_and_then_now_and_then(catalog: Catalog) -> None:
+    """However often it is saved: nobody hurries to let go of frames. What was saved last is told in the end."""
+
+    async def scenario(house: House) -> None:
+        async with house.wire() as wire:
+            await opened(wire, 1)
+            loop = asyncio.get_running_loop()
+            told: list[tuple[float, int]] = []
+            first, began = 0, loop.time()
+            while loop.time() - began < 2.5 * tracks.TELL_S and first < len(CLIP):
+                wire.frames(1, first)
+                first += 1
+                while (message := await wire.hear())["type"] == "durable":
+                    told.append((loop.time(), message["frame"]))
+                wire.say(type="ack", track=1, first=first)
+                await asyncio.sleep(0.005)
+            while told[-1][1] < first:
+                message = await wire.until(1, "durable")
+                told.append((loop.time(), message["frame"]))
+            times, frames = zip(*told, strict=True)
+            assert times[0] - began < tracks.TELL_S / 2
+            assert min(np.diff(times)) > 0.9 * tracks.TELL_S
+            assert list(frames) == sorted(set(frames))
+            assert len(told) <= 4
+            assert house.predictor.metrics.store_saves._value.get() > 3 * len(told)
+            assert await wire.silent()
+
+    serve(catalog, scenario, MemoryStore(StoreSettings()), checkpoint_frames=2, checkpoint_ms=10)
