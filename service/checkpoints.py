@@ -30,7 +30,7 @@ Take = Callable[[str, int], Checkpoint | None]  # (session id, sequence): its re
 MOST_BYTES = 4 * 2**20  # of records in one batch: what is sent is held twice
 MOST_FLIGHTS = 4  # saves under way; more than one, because confirming may take as long as a disk
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 5.0
-_GATHER = 0.1  # part of `wait_s` that a due session waits for others to go with
+_GATHER = 0.25  # part of `wait_s` that a due session waits for others to go with: a round trip costs as much as several records
 _AT_ONCE = 16  # records taken before other work gets its turn
 
 

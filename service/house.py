@@ -144,7 +144,7 @@ class House:
     def record(self, session: Session) -> Record:
         """As it is between two messages; one that is under way counts as not begun."""
         runner = self._runners[session]
-        return session.record(runner.manifest, runner.rows.gather([session.row])[0])
+        return session.record(runner.manifest, runner.manifest_digest, runner.rows.copy(session.row))
 
     def adopt(self, record: Record, epoch: int, *, renew: bool) -> Session:
         """The session of a record goes on here, on another version of its model if its own is gone and it may be renewed."""

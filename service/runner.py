@@ -19,6 +19,7 @@ from service.frames import FrameReader, all_fine
 from service.histogram import Distribution
 from service.metrics import Metrics
 from service.model_files import Entry
+from service.record import manifest_digest
 from service.sessions import Rows
 from service.statistics import Statistics
 
@@ -84,6 +85,7 @@ class Runner:
         self.version = version = entry.version
         self.engine = engine = entry.engine
         self.manifest = engine.manifest
+        self.manifest_digest = manifest_digest(engine.manifest)
         self.most_rows = most_rows
         self.rows = Rows(engine.manifest.state_width)
         self.statistics = Statistics()

@@ -18,7 +18,7 @@ from service.errors import AnswersForgotten, Empty, Gap, ServiceError, SessionEx
 from service.lock import Lock
 from service.options import Options
 from service.progress import Progress
-from service.record import Record, manifest_digest
+from service.record import Record
 from service.resampler import Times
 
 Floats = npt.NDArray[np.float32]
@@ -69,6 +69,10 @@ class Rows:
     def gather(self, rows: list[int]) -> Floats:
         """Copies (len(rows), width)."""
         return self._pool[rows]
+
+    def copy(self, row: int) -> Floats:
+        """(width,)"""
+        return np.array(self._pool[row])
 
     def scatter(self, rows: list[int], values: Floats) -> None:
         """Writes values (len(rows), width)."""
@@ -230,8 +234,8 @@ class Session:
         self.version, self.row, self.options, self.answers, self.progress = fresh.version, fresh.row, fresh.options, fresh.answers, fresh.progress
         self.created, self.began, self.epoch, self._reset_at = fresh.created, fresh.began, 0, 0
 
-    def record(self, manifest: Manifest, row: Floats) -> Record:
-        """All that the stream is, with the copy of its `row` (width,); the caller has the turn. `manifest` is its model's."""
+    def record(self, manifest: Manifest, digest: str, row: Floats) -> Record:
+        """All that the stream is, with the copy of its `row` (width,); the caller has the turn. `manifest` is its model's, `digest` that one's."""
         answers, detector = self.answers, self.progress.detector
         kept = answers.start < answers.end
         return Record(
@@ -239,7 +243,7 @@ class Session:
             model=self.model,
             version=self.version,
             fingerprint=manifest.fingerprint,
-            manifest=manifest_digest(manifest),
+            manifest=digest,
             epoch=self.epoch,
             next_frame=self.next_frame,
             reset_at=self._reset_at,

@@ -50,7 +50,10 @@ for i, key in ipairs(KEYS) do
     elseif epoch < known or owner ~= held[2] then outcome = 'fenced'
     elseif place < held[3] then outcome = 'stale' end
   end
-  if outcome == 'saved' then
+  if outcome == 'saved' and epoch == known then
+    redis.call('HSET', key, 'place', place, 'record', record)
+    keep(key, tonumber(held[5]))
+  elseif outcome == 'saved' then
     local created = tonumber(held[5] or now)
     if held[4] then
       created = now

@@ -152,7 +152,7 @@ def test_bad_records_are_refused_by_name(one: httpx.Client, other: httpx.Client)
         refused(other, bad, 400, "malformed")
     for place in range(0, len(data), 97):
         refused(other, data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :], 400, "malformed")
-    assert refused(other, data[:4] + b"\2" + data[5:], 400, "malformed")["formats"] == [1]
+    assert refused(other, data[:4] + b"\1" + data[5:], 400, "malformed")["formats"] == [2]
     refused(other, data + bytes(20_001), 413, "too_large")
     assert other.post(URL, content=data, headers=OCTETS).status_code == 201  # as it is, it is good
 

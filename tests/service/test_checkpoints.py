@@ -89,7 +89,7 @@ def test_due_after_so_many_frames() -> None:
         await asyncio.sleep(0.1)
         assert sessions.durable == []
         sessions.advance("s")
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.09)
         assert sessions.durable == [("s", 8)]
 
     play(scenario)
@@ -101,7 +101,7 @@ def test_due_after_so_long() -> None:
         await asyncio.sleep(0.15)
         sessions.advance("s")
         assert sessions.durable == []
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.14)
         assert sessions.durable == [("s", 2)]
         await asyncio.sleep(60)
         assert len(sessions.store.saves) == 1  # nothing changed, nothing saved
@@ -175,7 +175,7 @@ def test_flush_returns_when_it_is_saved() -> None:
 def test_flush_during_a_save_waits_for_the_next() -> None:
     async def scenario(sessions: Sessions) -> None:
         sessions.advance("s", 8)
-        await asyncio.sleep(0.021)  # its save is under way
+        await asyncio.sleep(0.051)  # its save is under way
         assert len(sessions.store.saves) == 1
         sessions.advance("s")
         await asyncio.gather(*(sessions.checkpoints.flush("s") for _ in range(3)))

@@ -145,10 +145,10 @@ class FarStore(MemoryStore):
         super().__init__(StoreSettings(owner=owner, durability="fsynced", timeout_s=TIMEOUT_S, idle_s=1e9), world.memory, clock=lambda: 0.0)
         self.world = world
         self.cut = False
-        self.saving: list[str] = []
+        self.saving: list[tuple[str, int]] = []
 
     async def save(self, checkpoints: Sequence[Checkpoint]) -> list[Outcome]:
-        ids = [one.session_id for one in checkpoints]
+        ids = [(one.session_id, one.epoch) for one in checkpoints]  # one that was taken up anew is another to its keeper
         self.world.expect(not set(ids) & set(self.saving), "a session has two saves under way")
         self.saving += ids
         try:
@@ -353,7 +353,7 @@ class Schedule(RuleBasedStateMachine):
     def reset_during_a_save(self, session: str, which: int) -> None:
         if self._serving(session):
             self.advance(session, which, 8)
-            self.wait(0.02)
+            self.wait(0.05)  # as long as others are waited for
             self.reset(session, which)
 
     @rule(session=st.sampled_from(SESSIONS), which=st.integers(0, 9))
