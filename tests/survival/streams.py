@@ -146,6 +146,8 @@ class Streaming(Client):
     async def _connect(self) -> _Wire:
         address = f"{self._where().replace('http', 'ws', 1)}/v1/models/{self._model}/stream"
         _, wire = await ws_connect(_Wire, address, websocket_handshake_timeout=HEARD_S)
+        if wire is None:
+            raise ConnectionResetError("lost as soon as it was there")
         assert isinstance(wire, _Wire)
         return wire
 
@@ -184,7 +186,7 @@ class Streaming(Client):
                 return message
 
     async def _converse(self, wire: _Wire, cursor: int, sent: int, window: int) -> None:
-        acknowledged = self.answered
+        acknowledged = cursor
         while self.answered < len(self._frames):
             while (ready := min(self._due(), cursor + window) - sent) > 0:
                 count = min(ready, self._chance.randint(1, 8))  # whatever it was split into before
@@ -203,8 +205,8 @@ class Streaming(Client):
                 cursor = first + count
                 assert cursor <= sent, f"an answer for frames that were not sent: to {cursor} of {sent}"
                 self._heard(first, np.frombuffer(message, np.float32, offset=protocol.HEADER.size).reshape(count, -1))
-                if self.answered - acknowledged >= ACK_EVERY:
-                    acknowledged = self.answered
+                if cursor - acknowledged >= ACK_EVERY:  # also those that come again to warm a model up: the server keeps only so many
+                    acknowledged = cursor
                     wire.say(type="ack", first=acknowledged)
             elif message["type"] == "durable":
                 self.durable = max(self.durable, message["frame"])

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -688,6 +689,7 @@ class Schedule(RuleBasedStateMachine):
         await asyncio.gather(*others, return_exceptions=True)
 
 
+@pytest.mark.timeout(1800)
 def test_any_schedule_leaves_every_stream_as_if_nothing_had_happened() -> None:
     run_state_machine_as_test(
         Schedule, settings=settings(max_examples=SCHEDULES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
