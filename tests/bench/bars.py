@@ -60,7 +60,7 @@ def in_turns(above: Variant, echo: Variant, alone: Variant) -> Bar:
     def value(report: Report) -> float | None:
         return report.within([above, echo, alone], lambda ours, bare, step: ours.frames_per_s * (1 / bare.frames_per_s + 1 / step.frames_per_s))
 
-    return Bar(f"{above.name} over {echo.name} and onnxruntime in turns", value, variants=(above, echo, alone))
+    return Bar(f"{above.name} over ({echo.name}, onnxruntime in turns)", value, variants=(above, echo, alone))
 
 
 def fact(name: str, limit: float | str | None = None, *others: str) -> Bar:
