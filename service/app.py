@@ -22,6 +22,7 @@ from service.history import History
 from service.open_inference import HOT as HOT_TENSORS
 from service.open_inference import router as open_inference
 from service.predictor import Predictor
+from service.reference import add_reference
 from service.routes import HOT as HOT_FRAMES
 from service.routes import router
 from service.sequences import Sequences
@@ -56,7 +57,16 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
         if traces is not None:
             await asyncio.to_thread(traces.close)
 
-    app = Service(title="IndRNN service", description=_DESCRIPTION, version="1", lifespan=lifespan, separate_input_output_schemas=False, redirect_slashes=False)
+    app = Service(
+        title="IndRNN service",
+        description=_DESCRIPTION,
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+        redirect_slashes=False,
+    )
     gate = Gate(settings)
     sockets = Sockets(predictor, gate, settings.connections)
     app.state.predictor, app.state.settings, app.state.gate, app.state.sockets = predictor, settings, gate, sockets
@@ -65,6 +75,7 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
     app.include_router(router)
     app.include_router(stats)
     app.include_router(open_inference)
+    add_reference(app)
 
     @app.websocket("/v1/models/{name}/stream")
     async def stream(websocket: WebSocket, name: str) -> None:
