@@ -45,12 +45,18 @@ class Edge:
         return Work(self, method)
 
     def known(self, error: Exception, method: str, request: str) -> ServiceError:
-        """What the client is told; what nobody foresaw is logged."""
-        if not isinstance(error, ServiceError):
+        """What the client is told; what nobody foresaw is logged.
+
+        Takes the error's traceback away: where a frame in it has the error, request and tensors would be kept until the collector looks, which is seldom.
+        """
+        known = error if isinstance(error, ServiceError) else ServiceError(request=request)
+        if known is not error:
             log.exception("request failed", method=method)
-            error = ServiceError(request=request)
-        self.metrics.errors.labels(error.code).inc()
-        return error
+        before: BaseException | None = error
+        while before is not None:
+            before.__traceback__, before = None, before.__context__
+        self.metrics.errors.labels(known.code).inc()
+        return known
 
 
 class Work:
