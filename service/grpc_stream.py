@@ -17,7 +17,7 @@ from service.errors import Draining, SlowReader
 from service.grpc_tensors import sequence_of, size_of
 
 MOST_REQUESTS = 256  # of a stream that are under way: read, and their answers not yet sent
-MOST_BYTES = 16 * 2**20  # of their tensors; a single request may have more
+MOST_BYTES = 16 * 2**20  # of them; a single request may have more
 PATIENCE_S = 20.0  # with a client that does not read its answers
 
 Answer = Callable[[Any, float], Awaitable[Any]]

@@ -20,6 +20,8 @@ from service.tensors import NUMPY, InferRequest, check_datatype, check_name, pac
 
 _CONTENTS = {"FP32": "fp32_contents", "INT64": "int64_contents"}
 _MOST_INT64 = 2**63 - 1
+_MOST_AXES = 64  # that are looked at: `read_shape` refuses as many
+_MOST_PARAMETERS = 1000
 _OPTIONAL_END = "triton_enable_empty_final_response"  # asks for a message that only models with many answers to a request would send
 
 
@@ -31,9 +33,9 @@ def sequence_of(message: Any) -> int | str | None:
 
 
 def size_of(message: Any) -> int:
-    """Bytes of the request's tensors, nearly."""
-    size = sum(map(len, message.raw_input_contents))
-    return size if size else message.ByteSize()
+    """Bytes of the whole request, wherever in it they are."""
+    size: int = message.ByteSize()
+    return size
 
 
 def read_request(message: Any, inputs: Mapping[str, str], outputs: Sequence[str], wait_s: float | None = None) -> InferRequest:
@@ -45,7 +47,8 @@ def read_request(message: Any, inputs: Mapping[str, str], outputs: Sequence[str]
     parameters.pop(_OPTIONAL_END, None)
     refuse_reserved(parameters)
     own_wait_s = read_wait(parameters)
-    listed = [{"name": one.name, "parameters": _parameters(one.parameters, f"output {one.name:.60}")} for one in message.outputs]
+    asked = message.outputs[: len(outputs) + 1]  # among more than there are, one is unknown or comes twice
+    listed = [{"name": one.name, "parameters": _parameters(one.parameters, f"output {one.name:.60}")} for one in asked]
     return InferRequest(
         message.id or None,
         _read_inputs(message, inputs),
@@ -68,6 +71,8 @@ def write_response(asked: InferRequest, model: str, done: Inference) -> Any:
 
 
 def _parameters(given: Any, where: str) -> dict[str, Any]:
+    if len(given) > _MOST_PARAMETERS:
+        raise Malformed(f"{where} has {len(given)} parameters, more than {_MOST_PARAMETERS}")
     parameters = {}
     for name in given:
         value = _value(given[name])
@@ -102,7 +107,7 @@ def _read_inputs(message: Any, known: Mapping[str, str]) -> dict[str, npt.NDArra
     for at, tensor in enumerate(tensors):
         name, datatype = tensor.name, tensor.datatype
         check_name(name, "input", known, arrays)
-        shape = read_shape(list(tensor.shape), name)
+        shape = read_shape(list(tensor.shape[:_MOST_AXES]), name)
         check_datatype(name, datatype, known[name])
         if tensor.parameters and any(one.startswith("shared_memory") for one in _parameters(tensor.parameters, f"input {name}")):
             raise Malformed(f"input {name}: shared memory is not supported; send the data")

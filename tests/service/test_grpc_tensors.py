@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -206,8 +207,44 @@ def test_an_answer() -> None:
     assert (response.parameters["sequence_id"].uint64_param, response.parameters["sequence_step"].int64_param) == (2**64 - 1, 2)
 
 
-def test_the_size_is_that_of_the_tensors() -> None:
-    assert size_of(message()) == FRAMES.nbytes
+def test_the_size_is_that_of_the_whole_request() -> None:
+    """Wherever its bytes lie: what is under way of a stream is counted by it."""
+    assert FRAMES.nbytes <= size_of(message()) < FRAMES.nbytes + 100
     request = ModelInferRequest()
     request.inputs.add(name="frames", datatype="FP32", shape=[1, 2, 3]).contents.fp32_contents.extend([1.0] * 6)
     assert size_of(request) >= FRAMES.nbytes
+    assert size_of(message(id="x" * 10_000)) > 10_000
+    both(more := message())
+    more.inputs[0].contents.fp32_contents.extend([1.0] * 10_000)
+    assert size_of(more) > 40_000
+
+
+def many_outputs(request: Any) -> None:
+    request.outputs.extend(type(request).InferRequestedOutputTensor() for _ in range(COUNT))
+
+
+def many_axes(request: Any) -> None:
+    request.inputs[0].shape.extend([0] * COUNT)
+
+
+def many_parameters(request: Any) -> None:
+    for number in range(COUNT):
+        request.parameters[str(number)].bool_param = True
+
+
+COUNT = 500_000
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(many_outputs, "unknown output ''"), (many_axes, "too large"), (many_parameters, f"the request has {COUNT} parameters, more than")]
+)
+def test_lists_without_end_are_not_read_to_their_end(spoil: Callable[[Any], None], words: str) -> None:
+    """A message of 64 MB has room for thirty million of them, and nothing else goes on meanwhile."""
+    request = message()
+    spoil(request)
+    request = ModelInferRequest.FromString(request.SerializeToString())
+    began = time.process_time()
+    with pytest.raises(Malformed) as caught:
+        read_request(request, INPUTS, OUTPUTS)
+    assert words in caught.value.message
+    assert time.process_time() - began < 0.02
