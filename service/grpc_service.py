@@ -113,14 +113,23 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _stream(self, _: Any, context: Any) -> None:
         headers = _headers(context)
         request = self._edge.begin(headers)
-        try:
-            if len(self._streams) >= self._settings.connections:
-                raise TooMany(f"{self._settings.connections} streams are open, no more are allowed", retry_after=5)
-            await self._serve(context, headers, request)
-        except Exception as error:
+        if len(self._streams) >= self._settings.connections:
+            error = TooMany(f"{self._settings.connections} streams are open, no more are allowed", retry_after=5)
             await abort(context, self._edge.known(error, _STREAM, request), request)
+        stream = self._stream_of(context, headers, request)
+        self._streams.add(stream)
+        if self._draining:
+            stream.drain()
+        try:
+            await stream.run()
+        except Exception as error:
+            known = self._edge.known(error, _STREAM, request)
+            await stream.flushed()  # sooner, gRPC would not let us end it
+            await abort(context, known, request)
+        finally:
+            self._streams.discard(stream)
 
-    async def _serve(self, context: Any, headers: Headers, request: str) -> None:
+    def _stream_of(self, context: Any, headers: Headers, request: str) -> Stream:
         left = context.time_remaining()
         ends_at_error = headers.get(_ENDS_AT_ERROR, "").lower() == "true"
         ends = None if left is None else time.monotonic() + left
@@ -146,14 +155,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             _check_read(message)
             return message
 
-        stream = Stream(read, context.write, aio.EOF, answer)
-        self._streams.add(stream)
-        if self._draining:
-            stream.drain()
-        try:
-            await stream.run()
-        finally:
-            self._streams.discard(stream)
+        return Stream(read, context.write, aio.EOF, answer)
 
     # Health and metadata
 

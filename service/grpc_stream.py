@@ -40,7 +40,9 @@ class Stream:
         self._requests = self._bytes = 0
         self._changed = asyncio.Event()  # there is an answer to send, or nothing is under way any more
         self._room = asyncio.Event()
+        self._sent: asyncio.Future[None]
         self._reader: asyncio.Task[None] | None = None
+        self._sender: asyncio.Task[None] | None = None
         self._fault: BaseException | None = None
         self._draining = False
 
@@ -55,11 +57,13 @@ class Stream:
         self._reader = self._start(self._take_all())
         if self._draining:
             self._reader.cancel()
-        sender = asyncio.create_task(self._send_all())
+        self._sender = asyncio.create_task(self._send_all())
+        self._sent = asyncio.shield(self._sender)
         try:
-            await sender
+            await self._sent
         except asyncio.CancelledError:
             if self._fault is None:  # it was us who were cancelled: the client has left
+                self._sender.cancel()
                 raise
         finally:
             for task in self._tasks:
@@ -70,6 +74,14 @@ class Stream:
             raise self._fault
         if self._draining:
             raise Draining("the service is shutting down", retry_after=5)
+
+    async def flushed(self) -> None:
+        """When `run` has raised: waits until the client has taken what was being sent to it. Cancelled, it is sent no more."""
+        if self._sender is not None and not self._sender.done():
+            try:
+                await asyncio.wait({self._sender})
+            finally:
+                self._sender.cancel()
 
     # Reading
 
@@ -130,12 +142,13 @@ class Stream:
 
     async def _send_all(self) -> None:
         """Sends answers until nothing is under way any more, or something went wrong."""
-        loop, sender = asyncio.get_running_loop(), asyncio.current_task()
+        loop = asyncio.get_running_loop()
 
         def give_up() -> None:
-            self._fault = SlowReader(f"the client has not read an answer for {self._patience_s:g} s; its sequences stay")
-            if sender is not None:
-                sender.cancel()
+            if self._fault is None:
+                self._fault = SlowReader(f"the client has not read an answer for {self._patience_s:g} s; its sequences stay")
+            self._answers.clear()
+            self._sent.cancel()  # but not what is being sent, which cannot be taken back
 
         while self._fault is None:
             while self._answers:

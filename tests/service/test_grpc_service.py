@@ -1,14 +1,15 @@
-"""The gRPC service on a socket, with clients that send what is wrong, leave, or do not read: it lets go of what was theirs, and finds no fault with itself."""
+"""The gRPC service with clients that send what is wrong, leave, or do not read: it lets go of what was theirs, and finds no fault with itself."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,30 +23,44 @@ from service.catalog import Catalog
 from service.grpc_messages import ModelInferRequest
 from service.grpc_server import GrpcServer
 from service.grpc_service import PREFIX
+from service.grpc_stream import Stream
 from service.metrics import Metrics
 from service.predictor import Predictor
 from service.settings import load_settings
 
-CHANNEL = (("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1))  # a window that stays as it is, and a connection of its own
+INFER, STREAM = f"{PREFIX}ModelInfer", f"{PREFIX}ModelStreamInfer"
+OPTIONS = (("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1))  # a window that stays as it is, and a connection of one's own
 
 
-@asynccontextmanager
-async def serving(models: Path, **changes: Any) -> AsyncIterator[tuple[Any, Metrics]]:
-    """A connection to a service in this process, and its figures."""
+class Served(NamedTuple):
+    """A service in this process, and a connection to it."""
+
+    address: str
+    channel: Any
+    metrics: Metrics
+
+    def counted(self, sample: str) -> float:
+        """The sum of the figures whose names begin so."""
+        return sum(float(line.rpartition(" ")[2]) for line in self.metrics.text().decode().splitlines() if line.startswith(sample))
+
+
+@contextlib.asynccontextmanager
+async def serving(models: Path, **changes: Any) -> AsyncIterator[Served]:
     settings = load_settings({}, grpc_port=0, **changes)
     predictor = Predictor(Catalog.load([models], "cpu", 1), settings, Metrics())
     server = GrpcServer(settings)
     app = create_app(predictor, settings)
     async with predictor:
         await server.start(app.state)
+        address = server.greeting.split()[-1]
         try:
-            async with grpc.aio.insecure_channel(server.greeting.split()[-1], options=CHANNEL) as channel:
-                yield channel, predictor.metrics
+            async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+                yield Served(address, channel, predictor.metrics)
         finally:
             await server.stop()
 
 
-def request(frames: Any = (1, 2, 3), **fields: Any) -> Any:
+def request(frames: tuple[int, ...] = (1, 2, 3), **fields: Any) -> Any:
     """A clip of zeros."""
     message = ModelInferRequest(**{"model_name": "channels", **fields})
     message.inputs.add(name="frames", datatype="FP32", shape=frames)
@@ -54,11 +69,11 @@ def request(frames: Any = (1, 2, 3), **fields: Any) -> Any:
 
 
 def infer(channel: Any, message: Any, **options: Any) -> Any:
-    return channel.unary_unary(f"{PREFIX}ModelInfer")(message.SerializeToString(), **options)
+    return channel.unary_unary(INFER)(message.SerializeToString(), **options)
 
 
 def stream(channel: Any, messages: list[Any], **options: Any) -> Any:
-    return channel.stream_stream(f"{PREFIX}ModelStreamInfer")(iter([one.SerializeToString() for one in messages]), **options)
+    return channel.stream_stream(STREAM)(iter([one.SerializeToString() for one in messages]), **options)
 
 
 async def refused(call: Any) -> str:
@@ -75,7 +90,7 @@ async def until(true: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_collector() -> Iterator[None]:
     gc.collect()
     gc.disable()
@@ -91,12 +106,12 @@ def requests_kept() -> int:
 
 def faults() -> list[Any]:
     """Requests that are refused at different places, the deeper the later."""
-    datatype, sequence, late, huge = request(), request(), request((3, 2, 3)), request((2, 40, 3))
+    datatype, sequence, late, infinite = request(), request(), request((3, 2, 3)), request((2, 40, 3))
     datatype.inputs[0].datatype = "FP64"
     sequence.parameters["sequence_id"].int64_param = 1
     late.parameters["timeout"].int64_param = 1
-    huge.raw_input_contents[0] = np.full(240, np.inf, np.float32).tobytes()
-    return [datatype, request(model_name="nothing"), request((1, 2, 4)), sequence, late, huge]
+    infinite.raw_input_contents[0] = np.full(240, np.inf, np.float32).tobytes()
+    return [datatype, request(model_name="nothing"), request((1, 2, 4)), sequence, late, infinite]
 
 
 @pytest.mark.parametrize("way", ["call", "stream", "stream that ends at an error"])
@@ -104,18 +119,43 @@ def test_what_was_refused_is_let_go_of_at_once(models: Path, way: str) -> None:
     """Not when the collector looks, which is seldom: large clips of a wrong shape would be kept by the hundred."""
 
     async def case() -> None:
-        async with serving(models) as (channel, metrics):
+        async with serving(models) as served:
             with no_collector():
                 for _ in range(3):
                     for one in faults():
                         if way == "call":
-                            await refused(infer(channel, one))
+                            await refused(infer(served.channel, one))
                         elif way == "stream":
-                            assert len([answer async for answer in stream(channel, [one, one])]) == 2
+                            assert len([answer async for answer in stream(served.channel, [one, one])]) == 2
                         else:
-                            await refused(stream(channel, [one], metadata=(("triton_grpc_error", "true"),)).read())
+                            await refused(stream(served.channel, [one], metadata=(("triton_grpc_error", "true"),)).read())
                     del one
                 await until(lambda: requests_kept() == 0)
-            assert 'code="internal"' not in metrics.text().decode()
+            assert served.counted('indrnn_errors_total{code="internal"}') == 0
 
     asyncio.run(case())
+
+
+@pytest.mark.parametrize("reads_at_last", [True, False])
+def test_a_slow_reader_has_its_place_until_it_takes_the_end_of_its_stream_or_leaves(models: Path, monkeypatch: pytest.MonkeyPatch, reads_at_last: bool) -> None:
+    """gRPC has the stream as long: there must not be more of those than of others."""
+
+    async def case() -> None:
+        async with serving(models, connections=1) as served:
+            call = served.channel.stream_stream(STREAM)()
+            for _ in range(3):
+                await call.write(request((1, 20_000, 3)).SerializeToString())
+            await until(lambda: served.counted('indrnn_errors_total{code="slow_reader"}') == 1)
+            assert await refused(stream(served.channel, []).read()) == "too_many"
+            if reads_at_last:
+                assert len(await asyncio.wait_for(call.read(), 10)) > 300_000
+                assert await refused(call.read()) == "slow_reader"
+            else:
+                call.cancel()
+            answers: list[Any] = []
+            while not answers:
+                with contextlib.suppress(grpc.RpcError):  # the other one is just being ended
+                    answers = [one async for one in stream(served.channel, [request()])]
+
+    monkeypatch.setattr("service.grpc_service.Stream", partial(Stream, patience_s=0.2))
+    asyncio.run(asyncio.wait_for(case(), 30))

@@ -153,6 +153,45 @@ def test_who_does_not_read_for_long_is_left() -> None:
     asyncio.run(case())
 
 
+def test_what_was_being_sent_to_who_is_left_is_waited_for_and_nothing_follows_it() -> None:
+    async def case() -> None:
+        client = Client([request(0), request(1), request(2)], ends=False)
+        client.reads.clear()
+        stream = Stream(client.read, client.write, END, at_once, patience_s=0.05)
+        with pytest.raises(SlowReader):
+            await asyncio.wait_for(stream.run(), 5)
+        gone = asyncio.create_task(stream.flushed())
+        await settled()
+        assert not gone.done()
+        client.reads.set()
+        await asyncio.wait_for(gone, 5)
+        assert client.got == ["0"]
+
+    asyncio.run(case())
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_nothing_is_sent_any_more_to_who_has_left(slow: bool) -> None:
+    async def case() -> None:
+        client = Client([request(0), request(1)], ends=False)
+        client.reads.clear()
+        stream = Stream(client.read, client.write, END, at_once, patience_s=0.05 if slow else 5)
+        task = asyncio.create_task(stream.run())
+        if slow:
+            with pytest.raises(SlowReader):
+                await asyncio.wait_for(task, 5)
+            task = asyncio.create_task(stream.flushed())
+        await settled()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await settled()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert client.got == []
+
+    asyncio.run(case())
+
+
 def test_drained_it_answers_what_it_read_and_says_why_it_ends() -> None:
     async def case() -> None:
         client, gate = Client([request(0, 1), request(1, 1), request(2)], ends=False), asyncio.Event()
