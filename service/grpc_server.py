@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import socket
 from typing import Any
 
@@ -17,6 +18,8 @@ from service.settings import Settings
 
 _KEEPALIVE_S = 20  # as of websockets: a client that is gone without a word is found out, and what it left under way is dropped
 _LEAST_PING_S = 5  # clients may ask as often whether we are there
+
+_OF_CLIENTS = ("ExecuteBatchError raised in core", "Invalid encoding on")
 
 log = structlog.get_logger("grpc")
 
@@ -45,6 +48,7 @@ class GrpcServer:
 
         from service.grpc_service import Service
 
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
         self._service = Service(state.predictor, state.sequences, state.gate, settings)
         self._server = aio.server(options=_options(settings))
         self._server.add_generic_rpc_handlers((self._service,))
@@ -75,6 +79,11 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 1000 * _LEAST_PING_S),
     ]
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """False for what gRPC takes for a failure and is a client that left before it was answered, or a header in no encoding, which may be a token."""
+    return not record.getMessage().startswith(_OF_CLIENTS)
 
 
 def _check_extra() -> None:

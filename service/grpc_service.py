@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -155,7 +156,13 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             _check_read(message)
             return message
 
-        return Stream(read, context.write, aio.EOF, answer)
+        async def write(answer: Any) -> None:
+            try:
+                await context.write(answer)
+            except aio.InternalError:  # the client has left, and we are about to be told
+                raise asyncio.CancelledError from None
+
+        return Stream(read, write, aio.EOF, answer)
 
     # Health and metadata
 

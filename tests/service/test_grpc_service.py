@@ -22,7 +22,7 @@ from service.app import create_app
 from service.catalog import Catalog
 from service.grpc_messages import ModelInferRequest
 from service.grpc_server import GrpcServer
-from service.grpc_service import PREFIX
+from service.grpc_service import PREFIX, Service
 from service.grpc_stream import Stream
 from service.metrics import Metrics
 from service.predictor import Predictor
@@ -134,6 +134,82 @@ def test_what_was_refused_is_let_go_of_at_once(models: Path, way: str) -> None:
             assert served.counted('indrnn_errors_total{code="internal"}') == 0
 
     asyncio.run(case())
+
+
+class Gone:
+    """A call whose client leaves while the first answer is on its way."""
+
+    def __init__(self) -> None:
+        self.messages = iter([request()])
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def read(self) -> Any:
+        for message in self.messages:
+            return message
+        await asyncio.Event().wait()
+
+    async def write(self, answer: Any) -> None:
+        raise grpc.aio.InternalError("the call is over")
+
+    async def abort(self, *_: Any) -> None:
+        raise AssertionError("there is nobody to be told")
+
+
+def test_who_leaves_while_an_answer_is_sent_is_no_fault_of_ours(models: Path) -> None:
+    async def case() -> None:
+        settings = load_settings({}, grpc_port=0)
+        predictor = Predictor(Catalog.load([models], "cpu", 1), settings, Metrics())
+        state = create_app(predictor, settings).state
+        async with predictor:
+            service = Service(predictor, state.sequences, state.gate, settings)
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(service._stream(None, Gone()), 10)
+        assert 'code="internal"' not in predictor.metrics.text().decode()
+
+    asyncio.run(case())
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """HTTP/2's."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def header(name: bytes, value: bytes) -> bytes:
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+ODD = header(b":method", b"POST") + header(b":scheme", b"http") + header(b":path", INFER.encode()) + header(b":authority", b"x")
+ODD += header(b"content-type", b"application/grpc") + header(b"te", b"trailers") + header(b"authorization", b"Bearer secret \xff")
+
+
+def test_clients_that_leave_or_send_odd_headers_are_not_logged_as_failures(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What such a header has, perhaps a token, is not logged at all."""
+
+    async def case() -> None:
+        async with serving(models) as served:
+            for left in range(1, 4):
+                call = served.channel.stream_stream(INFER)()  # unlike a call with one answer it may leave that where it is
+                await call.write(request((1, 20_000, 3)).SerializeToString())
+                await call.done_writing()
+                await until(lambda left=left: served.counted("indrnn_requests_total") == left)  # type: ignore[misc]
+                await asyncio.sleep(0.05)
+                call.cancel()
+            host, _, port = served.address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, ODD) + frame(0, 1, 1, bytes(5)))
+            found = b""
+            while b"inputs must have tensors" not in found:
+                found += await asyncio.wait_for(reader.read(2**16), 10)
+            writer.close()
+
+    asyncio.run(case())
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+    assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("reads_at_last", [True, False])
