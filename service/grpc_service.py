@@ -33,6 +33,7 @@ Handler = Callable[[Any, Headers], Awaitable[dict[str, Any]]]
 
 _WITHOUT_TOKEN = (f"{PREFIX}ServerLive", f"{PREFIX}ServerReady")
 _INFER, _STREAM = f"{PREFIX}ModelInfer", f"{PREFIX}ModelStreamInfer"
+_HOST = {"host": "?"}  # gRPC does not say by which name it was called, so that no page is of the same host; one of no host, `null`, neither
 _ENDS_AT_ERROR = "triton_grpc_error"  # with this in its metadata a stream ends at its first error, with its status
 
 
@@ -243,7 +244,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 def _headers(context: Any) -> Headers:
-    return dict(context.invocation_metadata())
+    return _HOST | dict(context.invocation_metadata())
 
 
 def _reader(kind: Any) -> Callable[[bytes], Any]:

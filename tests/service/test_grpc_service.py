@@ -136,6 +136,23 @@ def test_what_was_refused_is_let_go_of_at_once(models: Path, way: str) -> None:
     asyncio.run(case())
 
 
+@pytest.mark.parametrize("origin", ["null", "http://[", "http://elsewhere.example"])
+def test_pages_of_no_host_may_not_send_sequences_either(models: Path, origin: str) -> None:
+    """By which name it was called gRPC does not say: that must not be taken for the name of an origin that has none."""
+
+    async def case() -> None:
+        message, metadata = request(), (("origin", origin),)
+        async with serving(models) as served:
+            await infer(served.channel, message, metadata=metadata)
+            message.parameters["sequence_id"].string_param = "guessed"
+            message.parameters["sequence_start"].bool_param = True
+            assert await refused(infer(served.channel, message, metadata=metadata)) == "forbidden"
+        async with serving(models, origins="*") as served:
+            await infer(served.channel, message, metadata=metadata)
+
+    asyncio.run(case())
+
+
 class Gone:
     """A call whose client leaves while the first answer is on its way."""
 
