@@ -20,6 +20,7 @@ from service.tracing import Traces
 log = structlog.get_logger("grpc")
 
 _CLIENT_LEFT = 499  # what a call that was cancelled is in HTTP's terms, which spans have
+_LONGEST = 500  # characters of an error's message: it goes as a header, and clients take 8 KB of those, in which one character has up to 12 bytes
 
 
 class Edge:
@@ -94,5 +95,6 @@ class Work:
 async def abort(context: Any, error: ServiceError, request: str) -> NoReturn:
     """Ends the call with this error."""
     facts = {**facts_of(error), "x-request-id": request}
-    await context.abort(status_of(error), error.message, tuple((name, str(value)) for name, value in facts.items()))
+    message = error.message if len(error.message) <= _LONGEST else f"{error.message[:_LONGEST]}..."
+    await context.abort(status_of(error), message, tuple((name, str(value)) for name, value in facts.items()))
     raise AssertionError("an aborted call does not go on")

@@ -153,6 +153,22 @@ def test_pages_of_no_host_may_not_send_sequences_either(models: Path, origin: st
     asyncio.run(case())
 
 
+def test_an_error_with_a_long_name_in_it_still_arrives(models: Path) -> None:
+    """As a header, which may have 8 KB."""
+
+    async def case() -> None:
+        message = request(model_name="größer" * 5000)
+        message.parameters["sequence_id"].int64_param = 1
+        async with serving(models) as served:
+            with pytest.raises(grpc.RpcError) as caught:
+                await infer(served.channel, message)
+            assert dict(caught.value.trailing_metadata())["error-code"] == "sequence_not_found"
+            assert caught.value.details().startswith("inference request for sequence 1 to model 'größergrößer")
+            assert len([one async for one in stream(served.channel, [message])]) == 1
+
+    asyncio.run(case())
+
+
 class Gone:
     """A call whose client leaves while the first answer is on its way."""
 
