@@ -72,6 +72,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", settings.body_bytes),
         ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", settings.connections + settings.queue),  # of a connection: a client may leave answers unread
         ("grpc.so_reuseport", 0),  # else a second service could share the port, and half of the calls
         ("grpc.keepalive_time_ms", 1000 * _KEEPALIVE_S),
         ("grpc.keepalive_timeout_ms", 1000 * _KEEPALIVE_S),

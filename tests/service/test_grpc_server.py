@@ -24,7 +24,8 @@ from service.metrics import Metrics
 from service.predictor import Predictor
 from service.settings import Settings, load_settings
 
-LIVE = "/inference.GRPCInferenceService/ServerLive"
+PREFIX = "/inference.GRPCInferenceService/"
+LIVE = f"{PREFIX}ServerLive"
 
 
 @asynccontextmanager
@@ -105,6 +106,30 @@ def test_two_services_never_share_a_port(models: Path) -> None:
             port = int(server.greeting.rpartition(":")[2])
             with pytest.raises(StartupError, match="is taken"):
                 GrpcServer(load_settings({}, grpc_port=port))
+            await server.stop()
+
+    asyncio.run(case())
+
+
+def test_a_connection_has_as_many_calls_at_a_time_as_streams_may_be_open_and_requests_may_wait(models: Path) -> None:
+    """More wait at its own end, and other connections do not notice."""
+
+    async def case() -> None:
+        settings = load_settings({}, grpc_port=0, connections=2, queue=1)
+        async with application(models, settings) as state:
+            server = GrpcServer(settings)
+            await server.start(state)
+            address = server.greeting.split()[-1]
+            async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+                await channel.unary_unary(LIVE)(b"", timeout=10)
+                held = [channel.stream_stream(f"{PREFIX}ModelInfer")() for _ in range(3)]  # their message does not come
+                await asyncio.sleep(0.1)
+                with pytest.raises(grpc.RpcError) as caught:
+                    await channel.unary_unary(LIVE)(b"", timeout=0.3)
+                assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+                assert await live(address)
+                held[0].cancel()
+                await channel.unary_unary(LIVE)(b"", timeout=10)
             await server.stop()
 
     asyncio.run(case())
