@@ -43,13 +43,19 @@ class Batch:
 class Weighting:
     """What steps count in the loss: `early` at the first of an action, rising to 1 at its last; `last`: nothing but the last.
 
-    `classes` is how much an action of each class counts, by default all the same; `nothing` a step between actions of a stream.
+    `classes` is how much an action of each class counts, by default all the same; `nothing` a step between actions of a stream, of which so few as lead
+    up to an action count together like `least_pause`.
     """
 
     early: float = 1.0
     last: bool = False
     classes: npt.NDArray[np.float64] | None = None
     nothing: float = 1.0
+    least_pause: int = 0
+
+    def pause(self, count: int) -> float:
+        """Of each of so many steps that lead up to an action."""
+        return self.nothing * max(1.0, self.least_pause / count)
 
     def steps(self, count: int) -> npt.NDArray[np.float64]:
         """Of an action of so many steps, (count,); the only step is the last."""
@@ -115,8 +121,12 @@ class _Row:
 
     def _weights(self) -> npt.NDArray[np.float64]:
         weights = np.where(self.piece.labels == NO_CLASS, 0.0, self.weighting.nothing)
+        before = 0
         for first, end, label in self.piece.segments.tolist():
+            if first > before and weights[before]:
+                weights[before:first] = self.weighting.pause(first - before)
             weights[first:end] = self.weighting.steps(end - first) * self.weighting.of(label)
+            before = end
         return weights
 
 

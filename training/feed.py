@@ -94,7 +94,8 @@ class StreamFeed:
         self.per_epoch = streams.steps
         self.validation = None if validation is None else validation_streams(Streams(validation, streams))
         t, clips = config.train, self.training.clips
-        self.weighting = Weighting(early=t.early, classes=class_weights(clips.labels, len(clips.classes), t), nothing=streams.nothing_weight)
+        classes = class_weights(clips.labels, len(clips.classes), t)
+        self.weighting = Weighting(early=t.early, classes=classes, nothing=streams.nothing_weight, least_pause=streams.least_pause)
 
     @property
     def outline(self) -> object:

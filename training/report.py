@@ -85,16 +85,18 @@ def runs_table(runs: list[str], columns: dict[str, list[float]], title: str, ens
 def streams_table(rows: dict[str, dict[str, float]], title: str) -> Table:
     """One line for each way of using a network on streams: figures as `stream_report.mean_row` has them, and its multiplications a frame."""
     table = Table(title=escape(title))
-    shares = ("frames %", "nothing %", "actions %", "strictly %", "slope, points", "events F1 %", "counted %")
+    copies = any(not np.isnan(of["actions_without_copies"]) for of in rows.values())
+    shares = ("frames %", "nothing %", "actions %", *["without copies %"] * copies, "strictly %", "slope, points", "events F1 %", "counted %")
     columns = ("", *shares, "delay, frames", "off by, frames", "million products")
     for name in columns:
         table.add_column(name, justify="right" if name else "left")
     for name, of in rows.items():
         actions = f"{_percent(of['actions'])}" + ("" if np.isnan(of["deviation"]) else f" ({_percent(of['deviation'])})")
         slope = f"{100 * of['slope']:+.1f} ± {100 * of['slope_ci95']:.1f}"
-        values = _percent(of["frames"]), _percent(of["nothing"]), actions, _percent(of["actions_strict"]), slope, _percent(of["f1"]), _percent(of["counted"])
+        new = [_percent(of["actions_without_copies"])] * copies
+        values = [_percent(of["frames"]), _percent(of["nothing"]), actions, *new, _percent(of["actions_strict"]), slope, _percent(of["f1"])]
         lengths = ("" if np.isnan(of[key]) else f"{of[key]:.1f}" for key in ("delay", "boundary"))
-        table.add_row(escape(name), *values, *lengths, f"{of['multiplications'] / 1e6:.2f}")
+        table.add_row(escape(name), *values, _percent(of["counted"]), *lengths, f"{of['multiplications'] / 1e6:.2f}")
     return table
 
 

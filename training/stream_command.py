@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -18,7 +17,6 @@ from training import checkpoint as checkpoints
 from training import splits as data_splits
 from training.config import Config, ConfigError, override
 from training.console import bar, say
-from training.datasets.clips import ClipSet
 from training.publish import Along
 from training.report import early_table, streams_table
 from training.splits import Splits
@@ -51,7 +49,6 @@ def streams(
     form: Annotated[str, typer.Option(help=f"only this form of streams: {', '.join(FORMS)}; see Streams in training/README.md")] = "",
     window: Annotated[int, typer.Option(min=2, help="frames of the sliding window")] = 31,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="override one value of the configuration, e.g. export.events")] = None,
-    new: Annotated[bool, typer.Option("--new", help="leave out clips that are training clips as well, number for number")] = False,
     last: Annotated[bool, typer.Option("--last", help="the weights of the last epoch, not those that the validation part chose: for folds")] = False,
 ) -> None:
     """Run networks over long streams and say how right they are: per frame, per action and its place, as events. Kept as streams-SPLIT.json in each run."""
@@ -71,31 +68,27 @@ def streams(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data)) if data else config
         if known is None or dataclasses.replace(known[0], seed=config.seed) != config:
             known = config, data_splits.load(config)
-        found = _measure(pair, config, known[1], part, form, count, actions, window, new)
+        found = _measure(pair, config, known[1], part, form, count, actions, window)
         value = {form: [row.to_dict() for row in rows] for form, rows in found.items()}
-        target = pair.run / f"streams-{part}{'-new' if new else ''}.json"
+        target = pair.run / f"streams-{part}.json"
         target.write_text(json.dumps(_plain({"streams": count, "actions": actions, "seed": SEED, "forms": value}), indent=1) + "\n")
         for form, rows in found.items():
             for row in rows:
                 results.setdefault(form, {}).setdefault(row.name, []).append(row)
     for form, by_name in results.items():
-        title = f"{pairs[0].streams.config.name}, {'new clips of ' if new else ''}{part}, {form}" + (f", mean of {len(pairs)} runs" if len(pairs) > 1 else "")
+        title = f"{pairs[0].streams.config.name}, {part}, {form}" + (f", mean of {len(pairs)} runs" if len(pairs) > 1 else "")
         Console(width=160).print(streams_table({row: mean_row(of) for row, of in by_name.items()}, title))
         curves = {row: [sum(values) / len(of) for values in zip(*(one.early for one in of), strict=True)] for row, of in by_name.items()}
         Console(width=160).print(early_table(curves, title + ": right after the first frames of an action, %"))
 
 
-def _measure(pair: Pair, config: Config, splits: Splits, part: str, only: str, count: int, actions: int, window: int, new: bool) -> dict[str, list[Row]]:
+def _measure(pair: Pair, config: Config, splits: Splits, part: str, only: str, count: int, actions: int, window: int) -> dict[str, list[Row]]:
     """Rows for each form of streams."""
     if config.streams is None:
         raise ConfigError(f"{pair.run} was not trained on streams: its configuration has no [streams]; give it with --clips instead")
     chosen_on = "validation" if part == "test" and splits.validation is not None else "training"
     data = splits.whole(part)
-    if new:
-        if not isinstance(data, ClipSet):
-            raise ConfigError("--new leaves out clips; streams of these data are made of recordings")
-        data = data.take(np.flatnonzero(~splits.copies(part)))
-    made = Streams(data, config.streams)
+    made = Streams(data, config.streams, copies=splits.copies(part))
     choice = Streams(splits.whole(chosen_on), config.streams)
     network, other = pair.streams.network(), pair.clips.network() if pair.clips else None
     if pair.clips is not None and other is not None and pair.clips.subject.classes != made.clips.classes:

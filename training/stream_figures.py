@@ -44,6 +44,7 @@ class StreamFigures:
     nothing: float  # right frames among the others; NaN where there are none, or no class for them
     actions: float
     actions_strict: float
+    actions_without_copies: float  # `actions` among those the network was not trained on, frame for frame; NaN where none is such a copy, or all are
     by_position: npt.NDArray[np.float64]  # share recognised (`actions`) at each place of a stream, first to last
     slope: float  # change of that share from first to last place, by a straight line through each stream
     slope_ci95: float  # half width of its 95 % interval over streams
@@ -94,10 +95,12 @@ def f1(detections: Sequence[Detections]) -> float:
     return 2 * sum(len(one.matches) for one in detections) / every if every else 0.0
 
 
-def measure(scores: Sequence[Scores], streams: Sequence[Segments], classes: Sequence[str], rules: EventRules) -> StreamFigures:
+def measure(
+    scores: Sequence[Scores], streams: Sequence[Segments], classes: Sequence[str], rules: EventRules, copied: Sequence[npt.NDArray[np.bool_]] | None = None
+) -> StreamFigures:
     """`scores[i]` (T_i, classes) of the stream with the actions `streams[i]`; `rules.nothing` names the class of no action, if there is one.
 
-    Raises `ValueError` when streams have no action at all.
+    `copied[i]` tells which of its actions are training clips as well. Raises `ValueError` when streams have no action at all.
     """
     outside = classes.index(rules.nothing) if rules.nothing is not None else NO_EVENT
     right_frames = frames = right_nothing = nothing = 0
@@ -121,6 +124,7 @@ def measure(scores: Sequence[Scores], streams: Sequence[Segments], classes: Sequ
     if not strict:
         raise ValueError("streams without a single action: nothing to measure")
     slope, interval = _slope(recognised)
+    new = ~np.concatenate(copied) if copied is not None else np.zeros(0, bool)
     detections = [match(segments, detect(rules, classes, one)) for one, segments in zip(scores, streams, strict=True)]
     delays = np.concatenate([one.delays for one in detections])
     boundaries = np.concatenate([one.boundaries for one in detections])
@@ -129,6 +133,7 @@ def measure(scores: Sequence[Scores], streams: Sequence[Segments], classes: Sequ
         nothing=right_nothing / nothing if nothing and outside != NO_EVENT else float("nan"),
         actions=float(np.concatenate(recognised).mean()),
         actions_strict=float(np.mean(strict)),
+        actions_without_copies=float(np.concatenate(recognised)[new].mean()) if 0 < new.sum() < len(new) else float("nan"),
         by_position=_by_position(recognised),
         slope=slope,
         slope_ci95=interval,

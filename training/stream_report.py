@@ -77,7 +77,7 @@ def clip_rules(network: Network, streams: Sequence[Stream], classes: Sequence[st
 
 def _row(name: str, scores: list[Scores], streams: Sequence[Stream], classes: Sequence[str], rules: EventRules, cost: int) -> Row:
     segments = [one.segments for one in streams]
-    return Row(name, measure(scores, segments, classes, rules), tuple(early(scores, segments).tolist()), cost, rules)
+    return Row(name, measure(scores, segments, classes, rules, [one.copied for one in streams]), tuple(early(scores, segments).tolist()), cost, rules)
 
 
 def mean_row(rows: Sequence[Row]) -> dict[str, float]:

@@ -37,11 +37,12 @@ NOISES = 1.5  # times `augment.noise`: the most that is drawn for a stretch
 @dataclass(frozen=True)
 class Stream:
     """A piece of a stream, or a finite one: frames (T, *frame shape), labels (T,), the class of each, `NO_CLASS` where it has none, and the
-    actions in it, segments (k, 3): first frame, one past the last, label."""
+    actions in it, segments (k, 3): first frame, one past the last, label. `copied` (k,): which of them are clips the network was trained on."""
 
     frames: Frames
     labels: npt.NDArray[np.int64]
     segments: Segments
+    copied: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,28 @@ class _Look:
 class _Piece:
     frames: Frames
     segments: Segments
+    copied: bool = False
 
     def take(self, index: Indices, frames: Frames) -> _Piece:
         """With `frames` in place of those at `index`, rising; an action of which none is left is gone."""
         segments = self.segments.copy()
         segments[:, :2] = np.searchsorted(index, segments[:, :2])
-        return _Piece(frames, segments[segments[:, 0] < segments[:, 1]])
+        return replace(self, frames=frames, segments=segments[segments[:, 0] < segments[:, 1]])
 
 
 class Streams:
     """Makes streams of clips, or of recordings and of the clips cut from them.
 
     `classes` are those of the clips and, last, that of the frames between actions, unless it is switched off (`streams.nothing`). Without
-    `augment` clips are as they were recorded. Raises `ConfigError` or `DataError`, naming what to mend, where data and configuration do not go together.
+    `augment` clips are as they were recorded. `copies` (N,) tells which clips a network that is measured on these streams was trained on.
+    Raises `ConfigError` or `DataError`, naming what to mend, where data and configuration do not go together.
     """
 
-    def __init__(self, data: Data, config: StreamConfig, augment: Augment | None = None) -> None:
+    def __init__(self, data: Data, config: StreamConfig, augment: Augment | None = None, copies: npt.NDArray[np.bool_] | None = None) -> None:
         self.config, self.augment = config, augment
         self.recordings = data if isinstance(data, Recordings) else None
         self.clips = cut(data)
+        self._copies = np.zeros(len(self.clips), bool) if copies is None else copies
         self.classes = classes_of(self.clips, config)
         if self.recordings is not None and config.nothing and self.recordings.nothing not in (None, config.nothing):
             raise ConfigError(f"streams.nothing is {config.nothing!r}, the recordings call it {self.recordings.nothing!r}: give it one name")
@@ -120,13 +124,14 @@ class Streams:
             pieces = list(self._joined(self._drawn(group, actions, rng), group, form == "smooth", None, rng))
         starts = np.cumsum([0, *(len(piece.frames) for piece in pieces)])
         segments = [piece.segments + np.array([start, start, 0]) for piece, start in zip(pieces, starts, strict=False)]
-        return self._labelled(_Piece(np.concatenate([piece.frames for piece in pieces]), np.concatenate(segments)))
+        whole = self._labelled(_Piece(np.concatenate([piece.frames for piece in pieces]), np.concatenate(segments)))
+        return replace(whole, copied=np.concatenate([np.full(len(piece.segments), piece.copied) for piece in pieces]))
 
     def _labelled(self, piece: _Piece) -> Stream:
         labels = np.full(len(piece.frames), self.outside, np.int64)
         for first, end, label in piece.segments.tolist():
             labels[first:end] = label
-        return Stream(piece.frames, labels, piece.segments)
+        return Stream(piece.frames, labels, piece.segments, np.full(len(piece.segments), piece.copied))
 
     def _stretch(self, rng: np.random.Generator) -> Iterator[_Piece]:
         c, look = self.config, self._look(rng)
@@ -172,7 +177,7 @@ class Streams:
                 between = self._movement(last, clip[0], self._jitter(group, speed, rng), rng)
             last = clip[-1]
             segment = [[len(between), len(between) + len(clip), int(self.clips.labels[index])]]
-            yield _Piece(np.concatenate([between, clip]), np.array(segment, np.int64))
+            yield _Piece(np.concatenate([between, clip]), np.array(segment, np.int64), bool(self._copies[index]))
 
     def _drawn(self, group: Indices, actions: int, rng: np.random.Generator) -> Iterator[int]:
         """Clips of a group, never twice the same in a row where there are two, and of one class in a row as often as the configuration says."""

@@ -128,16 +128,21 @@ def test_what_comes_in_a_stream_depends_on_no_other() -> None:
     assert all(np.array_equal(a.frames, b.frames[:2]) for a, b in zip(few, many, strict=True))
 
 
-@pytest.mark.parametrize("nothing", [0.0, 0.3, 1.0])
-def test_steps_of_a_stream_count_by_their_place_in_an_action_and_in_all_one(nothing: float) -> None:
+@pytest.mark.parametrize(("nothing", "least"), [(0.0, 0), (0.3, 0), (1.0, 0), (0.0, 25), (0.3, 25)])
+def test_steps_of_a_stream_count_by_their_place_in_an_action_and_in_all_one(nothing: float, least: int) -> None:
+    """Those of a pause shorter than `least` count together like so many."""
     classes = np.array([1.0, 2.0, 3.0])
-    streams = made(cuts=0.0)
-    batches = list(stream_batches(streams, 2, (3,), Weighting(early=0.2, classes=classes, nothing=nothing)))
+    streams = made(cuts=0.2)
+    batches = list(stream_batches(streams, 2, (3,), Weighting(early=0.2, classes=classes, nothing=nothing, least_pause=least)))
+    raised = 0
     assert all(float(batch.weights.sum()) == pytest.approx(1) for batch in batches)
     for row in range(2):
         expected: list[float] = []
         for piece in itertools.islice(streams.pieces(np.random.default_rng((3, row))), 30):
             (start, end, label), weights = piece.segments[0], np.full(len(piece.frames), nothing)
+            if 0 < start < least:
+                weights[:start] *= least / start
+                raised += 1
             weights[start:end] = classes[label] * np.linspace(0.2, 1, end - start)
             expected += weights.tolist()
         for i, batch in enumerate(batches):
@@ -145,6 +150,12 @@ def test_steps_of_a_stream_count_by_their_place_in_an_action_and_in_all_one(noth
             here = np.array(expected[30 * i : 30 * i + 30])
             if here[-1] > 0:
                 np.testing.assert_allclose(share, here / here[-1], rtol=1e-4)
+    assert bool(raised) == bool(least)
+
+
+def test_a_short_pause_of_no_class_weighs_nothing() -> None:
+    for batch in stream_batches(made(nothing="", cuts=0.0), 4, (0,), Weighting(least_pause=50)):
+        assert not batch.weights[batch.labels == NO_CLASS].any()
 
 
 def test_frames_of_no_class_weigh_nothing_and_are_not_judged() -> None:

@@ -36,6 +36,16 @@ def test_an_action_that_is_called_nothing_throughout_is_missed() -> None:
     assert figures.slope == pytest.approx(1.0)
 
 
+def test_actions_that_were_trained_on_are_left_out_of_a_figure_of_their_own() -> None:
+    places, one = segments((0, 2, 0), (2, 4, 0), (4, 6, 0)), scores("wwccww")
+    for copied, wanted in (([True, False, False], 0.5), ([True, False, True], 0.0), ([False, True, False], 1.0)):
+        figures = measure([one], [places], CLASSES, RULES, [np.array(copied)])
+        assert (figures.actions, figures.actions_without_copies) == (pytest.approx(2 / 3), wanted)
+    for copied in ([False] * 3, [True] * 3):
+        assert np.isnan(measure([one], [places], CLASSES, RULES, [np.array(copied)]).actions_without_copies)
+    assert np.isnan(measure([one], [places], CLASSES, RULES).actions_without_copies)
+
+
 def test_the_slope_has_an_interval_over_streams() -> None:
     good, late, bad = scores("ww" * 4), scores("wwwwcccc"), scores("cccccccc")
     places = segments((0, 2, 0), (2, 4, 0), (4, 6, 0), (6, 8, 0))

@@ -309,3 +309,17 @@ def test_what_no_streams_can_be_made_of_is_said(data: ClipSet | Recordings, chan
 def test_clips_are_no_recordings() -> None:
     with pytest.raises(DataError, match="streams of the form whole need recordings"):
         streams(clip_set(6)).stream("whole", 0, seed=0)
+
+
+def test_a_stream_says_which_of_its_actions_are_clips_that_were_trained_on() -> None:
+    data = labelled()
+    copies = np.arange(len(data)) % 3 == 0
+    made = Streams(data, StreamConfig(), copies=copies)
+    for form in ("cuts", "smooth"):
+        one = made.stream(form, 0, seed=3, actions=30)
+        clips = [int(one.frames[start, 1]) for start, _, _ in one.segments.tolist()]
+        assert one.copied.tolist() == copies[clips].tolist()
+        assert 0 < one.copied.sum() < 30
+    assert not streams(data).stream("smooth", 0, seed=3, actions=30).copied.any()
+    recorded = streams(recording_set()).stream("whole", 1, seed=3)
+    assert recorded.copied.tolist() == [False] * len(recorded.segments)
