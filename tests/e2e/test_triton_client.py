@@ -5,15 +5,12 @@ What a case says holds for both: `triton` is either of them, called in the same 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +19,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests import toy_models
 from tests.server_process import Server, running
-from tests.toy_models import CHANNELS, EXPLOSIVE, GAPPY, SKELETON, Toy, example_frames
+from tests.toy_models import CHANNELS, EXPLOSIVE, GAPPY, SKELETON, example_frames
+from tests.triton_clients import CLIP, LABELS, MANAGER, Floats, OnLoop, each_of, refused, run_readmes_example, utils, whole, write_models
 
 http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed (extra `test`): the Open Inference Protocol is not tested with it")
 aio = pytest.importorskip("tritonclient.http.aio")
-utils = pytest.importorskip("tritonclient.utils")
-
-Floats = npt.NDArray[np.float32]
-ROOT = Path(__file__).resolve().parents[2]
-MANAGER = "one who manages"
-LABELS = ("ruhen", "größer werden", "wave: left", "拍手")
-CLIP = example_frames(CHANNELS, 40, seed=11)
-SPOKEN = Toy(classes=LABELS)
 
 
-class Async:
-    """The asynchronous client, called like the other: each call runs on a loop of its own until it is done."""
+class Async(OnLoop):
+    """The asynchronous client."""
 
     def __init__(self, url: str) -> None:
-        self._loop = asyncio.new_event_loop()
-
-        async def dial() -> Any:
-            return aio.InferenceServerClient(url)
-
-        self.client = self._loop.run_until_complete(dial())
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            return self._loop.run_until_complete(getattr(self.client, name)(*arguments, **options))
-
-        return call
-
-    def together(self, calls: list[dict[str, Any]]) -> list[Any]:
-        """Several inferences at a time."""
-
-        async def run() -> list[Any]:
-            return await asyncio.gather(*(self.client.infer(**call) for call in calls))
-
-        return self._loop.run_until_complete(run())
-
-    def close(self) -> None:
-        self._loop.run_until_complete(self.client.close())
-        self._loop.close()
+        super().__init__(lambda: aio.InferenceServerClient(url))
 
 
 class Blocking:
@@ -81,21 +47,12 @@ class Blocking:
         return [request.get_result() for request in [self.client.async_infer(**call) for call in calls]]
 
 
-CLIENTS = {"blocking": Blocking, "async": Async}
+CLIENTS: dict[str, Any] = {"blocking": Blocking, "async": Async}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models")
-    for version in ("1", "2"):
-        toy_models.write_toy(directory, "channels", CHANNELS, version=version)
-    toy_models.write_toy(directory, "spoken", SPOKEN)
-    toy_models.write_toy(directory, "skeleton", SKELETON)
-    toy_models.write_toy(directory, "gappy", GAPPY)
-    toy_models.write_toy(directory, "explosive", EXPLOSIVE)
-    toy_models.write_toy(directory, "moving", CHANNELS)
-    toy_models.write_without_manifest(directory, "bare")
-    return directory
+    return write_models(tmp_path_factory.mktemp("models"), gappy=GAPPY, explosive=EXPLOSIVE)
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +75,6 @@ def tensor(frames: npt.NDArray[Any] = CLIP[None], *, name: str = "frames", datat
 
 def wanted(**options: Any) -> list[Any]:
     return [http.InferRequestedOutput("scores", **options)]
-
-
-def whole(server: Server, frames: npt.NDArray[Any] = CLIP, model: str = "channels") -> Floats:
-    """What `/v1` says of the clip."""
-    answer = httpx.post(
-        f"{server.url}/v1/models/{model}/predict?scores=all&answers=binary", content=frames.tobytes(), headers={"content-type": "application/octet-stream"}
-    )
-    return np.frombuffer(answer.raise_for_status().content[16:], np.float32).reshape(len(frames), -1)
-
-
-def refused(status: int, words: str, call: Any, *arguments: Any, **options: Any) -> None:
-    with pytest.raises(utils.InferenceServerException) as caught:
-        call(*arguments, **options)
-    assert caught.value.status() == str(status), caught.value
-    assert words in caught.value.message()
 
 
 def test_health(triton: Any) -> None:
@@ -417,13 +359,8 @@ def test_what_is_not_offered(triton: Any) -> None:
     refused(400, "shared memory", triton.infer, "channels", [one])
 
 
-@contextmanager
-def both(server: Server) -> Iterator[list[Any]]:
-    """One client of each kind."""
-    clients = [kind(server.url.removeprefix("http://")) for kind in CLIENTS.values()]
-    yield clients
-    for client in clients:
-        client.close()
+def both(server: Server) -> AbstractContextManager[list[Any]]:
+    return each_of(CLIENTS.values(), server.url.removeprefix("http://"))
 
 
 def test_a_token(models: Path, tmp_path: Path) -> None:
@@ -470,13 +407,6 @@ def test_a_full_queue_changes_nothing(models: Path, tmp_path: Path) -> None:
 
 
 def test_the_readmes_example_runs_as_written(server: Server, tmp_path: Path) -> None:
-    """In a process of its own, as whoever pastes it does."""
-    readme = (ROOT / "service" / "README.md").read_text()
-    [code] = [one for one in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "tritonclient.http" in one]
-    script = tmp_path / "example.py"
-    script.write_text(code.replace("127.0.0.1:8000", server.url.removeprefix("http://")))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = run_readmes_example("tritonclient.http", "127.0.0.1:8000", server.url.removeprefix("http://"), tmp_path)
     assert lines[0] == "(1, 100, 4)"
     assert len(lines) == 4
