@@ -40,9 +40,10 @@ class Stream:
         self._requests = self._bytes = 0
         self._changed = asyncio.Event()  # there is an answer to send, or nothing is under way any more
         self._room = asyncio.Event()
-        self._sent: asyncio.Future[None]
+        # Tasks and what they raise have their frames, which have us: they are held no longer than needed, or all of that would wait for the collector.
         self._reader: asyncio.Task[None] | None = None
-        self._sender: asyncio.Task[None] | None = None
+        self._sent: asyncio.Future[None] | None = None
+        self._unsent: asyncio.Task[None] | None = None  # sends an answer that the client has not read for too long
         self._fault: BaseException | None = None
         self._draining = False
 
@@ -57,15 +58,17 @@ class Stream:
         self._reader = self._start(self._take_all())
         if self._draining:
             self._reader.cancel()
-        self._sender = asyncio.create_task(self._send_all())
-        self._sent = asyncio.shield(self._sender)
+        sender = asyncio.create_task(self._send_all())
+        self._sent = asyncio.shield(sender)
         try:
             await self._sent
         except asyncio.CancelledError:
             if self._fault is None:  # it was us who were cancelled: the client has left
-                self._sender.cancel()
+                sender.cancel()
                 raise
+            self._unsent = sender
         finally:
+            self._reader = self._sent = None
             for task in self._tasks:
                 task.cancel()
             if self._tasks:
@@ -77,22 +80,25 @@ class Stream:
 
     async def flushed(self) -> None:
         """When `run` has raised: waits until the client has taken what was being sent to it. Cancelled, it is sent no more."""
-        if self._sender is not None and not self._sender.done():
+        unsent, self._unsent = self._unsent, None
+        if unsent is not None:
             try:
-                await asyncio.wait({self._sender})
+                await asyncio.wait({unsent})
             finally:
-                self._sender.cancel()
+                unsent.cancel()
 
     # Reading
 
     async def _take_all(self) -> None:
-        while (message := await self._read()) is not self._end:
-            self._take(message)
+        while self._take(await self._read()):
             while self._requests >= MOST_REQUESTS or self._bytes >= MOST_BYTES:
                 self._room.clear()
                 await self._room.wait()
 
-    def _take(self, message: Any) -> None:
+    def _take(self, message: Any) -> bool:
+        """False at the end."""
+        if message is self._end:
+            return False
         size = size_of(message)
         self._requests += 1
         self._bytes += size
@@ -100,13 +106,14 @@ class Stream:
         sequence = sequence_of(message)
         if sequence is None:
             self._start(self._run(deque([request])))
-            return
+            return True
         key = (message.model_name, type(sequence).__name__, sequence)
         if (line := self._lines.get(key)) is not None:
             line.append(request)
         else:
             line = self._lines[key] = deque([request])
             self._start(self._run_sequence(key, line))
+        return True
 
     def _start(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -142,26 +149,27 @@ class Stream:
 
     async def _send_all(self) -> None:
         """Sends answers until nothing is under way any more, or something went wrong."""
-        loop = asyncio.get_running_loop()
-
-        def give_up() -> None:
-            if self._fault is None:
-                self._fault = SlowReader(f"the client has not read an answer for {self._patience_s:g} s; its sequences stay")
-            self._answers.clear()
-            self._sent.cancel()  # but not what is being sent, which cannot be taken back
-
         while self._fault is None:
             while self._answers:
-                answer, size = self._answers.popleft()
-                timer = loop.call_later(self._patience_s, give_up)
-                try:
-                    await self._write(answer)
-                finally:
-                    timer.cancel()
-                self._requests -= 1
-                self._bytes -= size
-                self._room.set()
+                await self._send(*self._answers.popleft())
             if not self._tasks:
                 return
             self._changed.clear()
             await self._changed.wait()
+
+    async def _send(self, answer: Any, size: int) -> None:
+        timer = asyncio.get_running_loop().call_later(self._patience_s, self._give_up)
+        try:
+            await self._write(answer)
+        finally:
+            timer.cancel()
+        self._requests -= 1
+        self._bytes -= size
+        self._room.set()
+
+    def _give_up(self) -> None:
+        if self._fault is None:
+            self._fault = SlowReader(f"the client has not read an answer for {self._patience_s:g} s; its sequences stay")
+        self._answers.clear()
+        if self._sent is not None:
+            self._sent.cancel()  # but not what is being sent, which cannot be taken back

@@ -20,7 +20,7 @@ import grpc
 
 from service.app import create_app
 from service.catalog import Catalog
-from service.grpc_messages import ModelInferRequest
+from service.grpc_messages import ModelInferRequest, ModelStreamInferResponse
 from service.grpc_server import GrpcServer
 from service.grpc_service import PREFIX, Service
 from service.grpc_stream import Stream
@@ -100,8 +100,8 @@ def no_collector() -> Iterator[None]:
         gc.enable()
 
 
-def requests_kept() -> int:
-    return sum(type(one) is ModelInferRequest for one in gc.get_objects())
+def messages_kept() -> int:
+    return sum(type(one) in (ModelInferRequest, ModelStreamInferResponse) for one in gc.get_objects())
 
 
 def faults() -> list[Any]:
@@ -130,8 +130,31 @@ def test_what_was_refused_is_let_go_of_at_once(models: Path, way: str) -> None:
                         else:
                             await refused(stream(served.channel, [one], metadata=(("triton_grpc_error", "true"),)).read())
                     del one
-                await until(lambda: requests_kept() == 0)
+                await until(lambda: messages_kept() == 0)
             assert served.counted('indrnn_errors_total{code="internal"}') == 0
+
+    asyncio.run(case())
+
+
+@pytest.mark.parametrize("when", ["nothing is under way", "the model runs", "an answer is unread"])
+def test_what_a_client_leaves_is_let_go_of_at_once(models: Path, when: str) -> None:
+    async def case() -> None:
+        async with serving(models) as served:
+            with no_collector():
+                for _ in range(3):
+                    call = served.channel.stream_stream(STREAM)()
+                    await call.write(request().SerializeToString())
+                    await call.read()
+                    if when == "an answer is unread":
+                        for _ in range(3):
+                            await call.write(request((1, 20_000, 3)).SerializeToString())
+                        await asyncio.sleep(0.3)
+                    elif when == "the model runs":
+                        await call.write(request((1, 100_000, 3)).SerializeToString())
+                        await until(lambda: served.counted("indrnn_waiting") == 1)
+                    call.cancel()
+                    await until(lambda: served.counted("indrnn_waiting") == 0)
+                await until(lambda: messages_kept() == 0)
 
     asyncio.run(case())
 
