@@ -155,7 +155,10 @@ class Batcher:
                     continue
             raise
         if job.error is not None:
-            raise job.error
+            try:
+                raise job.error
+            finally:
+                job.error = None  # it knows its callers, and so the job: in a circle they would keep a long message until the collector comes
 
     async def idle(self) -> None:
         """Waits until every job is done."""
@@ -254,6 +257,7 @@ class Batcher:
     def _account(self, batch: _Batch) -> None:
         if batch.error is None:
             self._model.account(batch.prepared, batch.seconds)
+        batch.error = None  # which knows the batch, by the frame that it came from
 
     def _look(self) -> None:
         """Tells those whose time is over while they wait."""

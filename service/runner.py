@@ -160,6 +160,8 @@ class Runner:
         except BaseException:
             self.statistics.failed(int(1e9 * (time.monotonic() - stretch.queued)))
             raise
+        finally:
+            del stretch.settled  # which knows the stretch: in a circle they would keep its frames until the collector comes
         return stretch.scores
 
     def launch(self, stretch: Stretch) -> None:

@@ -39,7 +39,7 @@ LAYERS = {
         ["__main__"],
     ],
     "service": [
-        ["histogram", "inline", "notes", "client_notices", "grpc_messages", "grpc_gather"],
+        ["histogram", "inline", "notes", "client_notices", "grpc_messages", "grpc_gather", "reference"],
         ["errors", "metrics", "logs", "detector", "statistics", "roles", "backoff", "lock"],
         ["settings", "shortcut", "history", "options", "resampler", "compression", "store", "store_scripts", "client_values", "client_errors"],
         ["progress", "record", "client_patience", "client_addresses", "store_memory", "store_sqlite", "store_server", "checkpoints"],
@@ -81,6 +81,7 @@ OUTSIDE = {
     },
     "service.engine": {"model.contract", "numpy", "onnxruntime"},
     "service.websocket": {"picows", "starlette", "uvicorn"},
+    "service.reference": {"fastapi", "starlette"},
     "service.tracing": {"opentelemetry"},
     "service.grpc_messages": {"google.protobuf"},
     "service.grpc_status": {"grpc"},

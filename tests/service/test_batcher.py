@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -73,6 +75,38 @@ async def ask(batcher: Batcher, stream: int, frames: int, deadline: float = math
     toy = Toy(stream, frames, deadline)
     await batcher.run(toy, settled)
     return toy
+
+
+class Long:
+    """A message that takes much memory."""
+
+
+def test_what_a_refused_caller_holds_is_let_go_of_at_once() -> None:
+    held: list[weakref.ref[Long]] = []
+
+    async def caller(batcher: Batcher, deadline: float) -> None:
+        message = Long()
+        held.append(weakref.ref(message))
+        await ask(batcher, 1, 1, deadline)
+
+    async def scenario(batcher: Batcher) -> None:
+        for deadline, refusal in ((time.monotonic() - 1, Deadline), (soon(), ValueError)):
+            try:
+                await caller(batcher, deadline)
+            except refusal:
+                pass
+            else:
+                raise AssertionError(refusal)
+
+    def fail(works: Sequence[Toy], steps: int) -> Sequence[Exception | None]:
+        raise ValueError("no")
+
+    gc.disable()
+    try:
+        with_batcher(scenario, fail)
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def with_batcher(scenario: Callable[[Batcher], Any], step: Compute = nothing_else, most_waiting: int = 100) -> Any:
