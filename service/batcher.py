@@ -282,6 +282,7 @@ class Batcher:
             if self._loop.is_closed():
                 return
             self._loop.call_soon_threadsafe(self._land, batch)
+            del batch  # while it waits for the next, the thread holds nobody's frames
 
     def _run(self, batch: _Batch) -> None:
         began = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from service.metrics import Metrics
 from service.options import Options
 from service.predictor import Predictor
 from service.record import Record
+from service.runner import Stretch
 from service.sessions import Session
 from service.settings import Settings
 from tests.toy_models import CHANNELS, EXPLOSIVE, GAPPY_GESTURES, GESTURES, example_frames, moving_frames
@@ -622,3 +624,16 @@ def test_the_version_of_the_fingerprint_is_found(catalog: Catalog) -> None:
         assert predictor.restore("channels", None, dataclasses.replace(record, version="77", model="renamed")).version == "10"
 
     serve(catalog, scenario)
+
+
+def test_a_clip_is_let_go_of_once_it_is_answered(catalog: Catalog) -> None:
+    async def scenario(predictor: Predictor) -> int:
+        gc.collect()
+        gc.disable()
+        try:
+            await whole(predictor)
+            return sum(isinstance(one, Stretch) for one in gc.get_objects())
+        finally:
+            gc.enable()
+
+    assert serve(catalog, scenario) == 0
