@@ -112,7 +112,7 @@ class HeldOut:
     def _named(self, frames: Frames, segments: Segments) -> Stream:
         named = segments.copy()
         named[:, 2] = self._labels[segments[:, 2]]
-        return Stream(frames, np.zeros(0, np.int64), named)
+        return Stream(frames, np.zeros(0, np.int64), named, np.zeros(len(named), bool))
 
 
 def chunks(pieces: Iterable[Frames], size: int) -> Iterator[Frames]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tests.bench.rates import OWN, RATES, Rate, Report, Result, sample
 from training.streams import Stream
 
 FRAMES = np.stack([np.arange(41), np.arange(41) ** 2], 1).astype(np.float32)
-STREAM = Stream(FRAMES, np.zeros(41, np.int64), np.array([[3, 10, 1], [10, 20, 0], [25, 41, 2]]))
+STREAM = Stream(FRAMES, np.zeros(41, np.int64), np.array([[3, 10, 1], [10, 20, 0], [25, 41, 2]]), np.zeros(3, bool))
 HALF, TWICE, JITTERED = RATES[1:]
 
 
@@ -52,7 +53,7 @@ def test_a_jittery_camera_takes_its_frames_in_order_at_its_own_times() -> None:
 def test_between_a_missing_and_a_seen_value_the_nearer_is_taken() -> None:
     frames = FRAMES.copy()
     frames[4, 1] = np.nan
-    sampled = seen(Rate("", 4.0), Stream(frames, STREAM.labels, STREAM.segments))
+    sampled = seen(Rate("", 4.0), replace(STREAM, frames=frames))
     assert np.isnan(sampled.frames[:, 1]).nonzero()[0].tolist() == [14, 15, 16, 17]
     assert np.isfinite(sampled.frames[:, 0]).all()
 
