@@ -27,7 +27,7 @@ from training.config import Config, ConfigError, load, override
 from training.console import bar, console, say
 from training.datasets import clip_folder
 from training.datasets.clips import DataError
-from training.distributed import Group, ProcessLost, choose_device, joined
+from training.distributed import Group, ProcessLost, choose_device, joined, leave
 from training.evaluate import evaluate as run_clips
 from training.loop import METRICS, TrainingDiverged
 from training.loop import Progress as Standing
@@ -364,4 +364,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code in (None, 0):
+            leave()
+        raise

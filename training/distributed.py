@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,15 @@ def joined(config: TrainConfig) -> Iterator[Group]:
         yield Group(rank, size, device)
     finally:
         dist.destroy_process_group()
+
+
+def leave() -> None:
+    """Ends a process that was one of several and has done its work, at once: gloo's threads can outlive their group, and then abort the process
+    while the interpreter takes itself down, which `torchrun` would take for a failure. Returns where there was but one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def choose_device(config: TrainConfig, local: int = 0) -> torch.device:

@@ -627,13 +627,23 @@ def test_the_version_of_the_fingerprint_is_found(catalog: Catalog) -> None:
 
 
 def test_a_clip_is_let_go_of_once_it_is_answered(catalog: Catalog) -> None:
-    async def scenario(predictor: Predictor) -> int:
+    """Without the collector, which comes seldom; the thread that ran it may be a moment behind."""
+
+    def held() -> int:
+        return sum(isinstance(one, Stretch) for one in gc.get_objects())
+
+    async def scenario(predictor: Predictor) -> None:
         gc.collect()
+        before = held()
         gc.disable()
         try:
             await whole(predictor)
-            return sum(isinstance(one, Stretch) for one in gc.get_objects())
+            for _ in range(1000):
+                if held() <= before:
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError(f"{held() - before} are still there")
         finally:
             gc.enable()
 
-    assert serve(catalog, scenario) == 0
+    serve(catalog, scenario)

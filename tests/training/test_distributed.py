@@ -191,3 +191,11 @@ def test_a_device_that_is_not_there_is_said() -> None:
     assert choose_device(TrainConfig()) == CPU
     with pytest.raises(ConfigError, match="torch sees no NVIDIA GPU"):
         choose_device(config(train={"device": "cuda"}).train)
+
+
+@pytest.mark.parametrize(("size", "ended"), [("2", b"said"), ("1", b"said and on")])
+def test_one_of_several_processes_ends_at_once_with_all_that_it_said(size: str, ended: bytes) -> None:
+    """Nothing of the interpreter's end is run, in which threads that were left behind would abort it."""
+    script = "import atexit, sys; from training.distributed import leave; atexit.register(sys.stdout.write, ' and on'); sys.stdout.write('said'); leave()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "WORLD_SIZE": size}, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, ended), done.stderr
