@@ -35,6 +35,7 @@ class DataConfig:
     folds: int = 0  # instead: one of so many parts, which `crossvalidate` holds out in turn
     fold: int = 0  # which of them
     fold_by: str = ""  # group that parts keep together, e.g. subject; empty: every class is divided alike
+    drop_copies: bool = False  # whether training clips that are test or validation clips as well, number for number, are left out of training
 
 
 @dataclass(frozen=True, kw_only=True)

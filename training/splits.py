@@ -57,8 +57,7 @@ class Splits:
 
         Public data sets have such: a network may know them by heart, so they say nothing of clips it has not seen.
         """
-        known = {clip.tobytes() for clip in self.training.frames}
-        return np.array([clip.tobytes() in known for clip in self.named(name).frames])
+        return _known(self.named(name), self.training)
 
 
 def load(config: Config) -> Splits:
@@ -121,6 +120,10 @@ def split(config: Config, data: Data) -> Splits:
             raise ConfigError(f"{way} divides the clips of each recording, and streams are made of whole ones: name groups in data.validation, or data.fold_by")
         data = data.clips()
     chosen = _divide(config, data)
+    if config.data.drop_copies:
+        if isinstance(data, Recordings):
+            raise ConfigError("data.drop_copies is for clips: recordings are long, and none of them is another one's copy")
+        chosen["training"] &= ~_known(data, data.take(np.flatnonzero(~chosen["training"])))
     parts = {name: data.take(np.flatnonzero(rows)) for name, rows in chosen.items()}
     clips = {name: cut(part) for name, part in parts.items()}
     recordings = {name: part for name, part in parts.items() if isinstance(part, Recordings)}
@@ -160,6 +163,12 @@ def _held_out(data: Data, by: DataConfig) -> npt.NDArray[np.bool_]:
     except ValueError as error:
         raise DataError(f"{data.source.name}: {error}") from None
     return np.array([fold_of.get(value, 0) == by.fold for value in column.tolist()])
+
+
+def _known(clips: ClipSet, among: ClipSet) -> npt.NDArray[np.bool_]:
+    """Which clips are among others as well, number for number, (N,)."""
+    known = {clip.tobytes() for clip in among.frames}
+    return np.array([clip.tobytes() in known for clip in clips.frames], bool)
 
 
 def _complete(training: ClipSet) -> ClipSet:

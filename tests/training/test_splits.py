@@ -83,6 +83,28 @@ def test_finds_held_out_clips_that_training_has_as_well() -> None:
     assert splits.copies("training").all()
 
 
+@pytest.mark.parametrize("final", [False, True])
+def test_leaves_clips_out_of_training_that_are_held_out_as_well(final: bool) -> None:
+    clips = clip_set(60)
+    subject = clips.groups["subject"]
+    frames = list(clips.frames)
+    a, c, d = (np.flatnonzero(subject == name) for name in "acd")
+    frames[a[0]], frames[a[2]] = frames[d[3]].copy(), frames[c[1]].copy()  # a test and a validation clip
+    frames[a[1]] = frames[d[4]] + np.float32(1e-6)
+    clips = replace(clips, frames=tuple(frames))
+    plain, dropped = (split(config(final=final, data={"drop_copies": drop}), clips) for drop in (False, True))
+    left = [clip.tobytes() for clip in dropped.training.frames]
+    gone = [clip.tobytes() for clip in plain.training.frames if clip.tobytes() not in left]
+    assert gone == [frames[a[0]].tobytes(), *([] if final else [frames[a[2]].tobytes()])], "a final run trains on the validation part"
+    assert [len(part) for part in (dropped.named("test"), plain.named("test"))] == [15, 15]
+    assert not dropped.copies("test").any()
+
+
+def test_copies_are_dropped_among_clips_only() -> None:
+    with pytest.raises(ConfigError, match=r"data\.drop_copies is for clips"):
+        split(config(data={"drop_copies": True}), recording_set())
+
+
 def test_says_what_was_chosen_on_which_part() -> None:
     assert describe(config()) == "epoch and configuration chosen on subject c of the training data, held out"
     assert "trained on all training data" in describe(config(final=True))
