@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus, InvalidURI
 
 from service.client_addresses import Addresses
 from service.client_errors import ELSEWHERE, Unreachable, close_refusal, error_from, http_refusal, nobody_at
@@ -99,13 +99,19 @@ class Dialer:
         return await attempt(url)
 
     async def _dial(self, url: str) -> Socket:
-        address = f"ws{url.removeprefix('http')}{self.path}"
         try:
-            return await connect(address, additional_headers=self.headers, open_timeout=self._patience_s, **_OPTIONS)
+            try:
+                return await self._shake_hands(url)
+            except InvalidMessage:  # hung up on, as by a balancer whose replica has just gone: nothing was said yet, so that it may be said again
+                return await self._shake_hands(url)
         except InvalidStatus as error:
             raise http_refusal(error.response.status_code, bytes(error.response.body or b"")) from None
         except (OSError, InvalidHandshake, InvalidURI) as error:
             raise nobody_at(url, error) from None
+
+    async def _shake_hands(self, url: str) -> Socket:
+        address = f"ws{url.removeprefix('http')}{self.path}"
+        return await connect(address, additional_headers=self.headers, open_timeout=self._patience_s, **_OPTIONS)
 
 
 async def _opened(wire: Wire) -> dict[str, Any]:
