@@ -19,7 +19,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at import: its build
 import onnxruntime
 
 from model.contract import FRAMES, INPUTS, LENGTHS, MANIFEST_KEY, NEXT_STATE, OUTPUTS, SCORES, STATE, Manifest, ManifestError
-from service import heap
 from service.errors import StartupError
 
 Floats = npt.NDArray[np.float32]
@@ -62,7 +61,7 @@ class Engine:
         try:
             return cls._load(path, choice, threads)
         finally:
-            heap.give_back()  # what was freed is kept otherwise, for each thread that ever loaded a model
+            _give_memory_back()
 
     @classmethod
     def _load(cls, path: Path, choice: DeviceChoice, threads: int | None) -> Engine:
@@ -100,7 +99,7 @@ class Engine:
     def close(self) -> None:
         """Frees the model's memory and gives it back to the system; takes a while where it is large. It must not be run any more."""
         self._run = _closed
-        heap.give_back()
+        _give_memory_back()
 
     def _self_test(self) -> None:
         """Runs the manifest's frames from the zero state; a file that gives other scores than it promises is not served."""
@@ -114,6 +113,12 @@ class Engine:
         if not off <= test.tolerance:
             frame = int(np.abs(scores[0] - expected).max(axis=1).argmax())
             raise EngineError(f"self-test: scores differ from the manifest's by {off:.3g} at frame {frame}, allowed {test.tolerance:.3g}")
+
+
+def _give_memory_back() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps what was freed, for each thread that ever loaded a model
+        trim(0)
 
 
 def _closed(*_: object) -> Any:

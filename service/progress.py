@@ -24,8 +24,6 @@ class Progress:
 
     __slots__ = ("_fps", "_latest", "_moments", "_rate", "_shape", "detector", "plain", "resampler")
 
-    __slots__ = ("_fps", "_latest", "_moments", "_rate", "_shape", "detector", "plain", "resampler")
-
     def __init__(self, manifest: Manifest, fps: float) -> None:
         self._rate = manifest.fps
         self._shape = manifest.frame_shape

@@ -118,8 +118,6 @@ class Connection:
     other carries one stream, and ends with it.
     """
 
-    __slots__ = ("_ending", "_most_tracks", "_open", "_refused", "_window", "begun", "many", "waiting")
-
     def __init__(self, window: int, most_tracks: int = MOST_TRACKS) -> None:
         self.many = False
         self.waiting = 0  # bytes

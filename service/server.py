@@ -17,7 +17,6 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from service import heap
 from service.app import create_app
 from service.catalog import SHIPPED, Catalog
 from service.direct import Direct
@@ -40,7 +39,6 @@ log = structlog.get_logger("server")
 
 def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM; raises `StartupError` when it cannot start."""
-    heap.keep_buffers()
     with _listen(settings) as listening:
         host, port = settings.host, listening.getsockname()[1]
         grpc = GrpcServer(settings)

@@ -175,11 +175,6 @@ class Owner(Protocol):
 class Session:
     """One stream. Whoever changes it holds `turn`, so that its messages take effect one after another."""
 
-    __slots__ = (  # beside each other in memory: of a thousand streams none is in the caches when its message comes
-        "_reset_at", "answers", "began", "created", "ended", "epoch", "id", "model", "options", "owner", "progress", "queued", "renewed", "row", "turn",
-        "used", "version",
-    )  # fmt: skip
-
     def __init__(self, model: str, version: str, row: int, classes: int, options: Options, progress: Progress, session_id: str | None = None) -> None:
         self.id = session_id or secrets.token_urlsafe(_ID_BYTES)
         self.model = model

@@ -89,11 +89,6 @@ class Sockets:
 class Stream:
     """One websocket with its tracks; the `Link` of each. What a socket hears it is told by `feed`, `congested` and `left`."""
 
-    __slots__ = (  # beside each other in memory: of a thousand streams none is in the caches when its message comes
-        "_backlog", "_context", "_deaf", "_end", "_last", "_loop", "_model", "_predictor", "_slow", "_socket", "_tasks", "_tracks", "connection", "over",
-        "paused", "send",
-    )  # fmt: skip
-
     def __init__(self, predictor: Predictor, model: str) -> None:
         self.connection = Connection(KEPT_FRAMES)
         self.paused = False

@@ -65,11 +65,6 @@ class Track:
     the task hears nothing of them.
     """
 
-    __slots__ = (  # beside each other in memory: of a thousand streams none is in the caches when its message comes
-        "_acked", "_all_scores", "_arrived", "_binary", "_closing", "_durable", "_early_ack", "_flying", "_idle", "_last", "_link", "_model", "_options",
-        "_over", "_predictor", "_queue", "_session", "_stopped", "_tell", "_told", "credit", "number", "task",
-    )  # fmt: skip
-
     def __init__(self, number: int, link: Link, predictor: Predictor, model: str) -> None:
         self.number = number
         self.credit = link.connection.credit(number)

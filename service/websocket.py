@@ -107,8 +107,6 @@ class Upgrade(WebSocketsSansIOProtocol):
 class Socket(WSListener):
     """An open websocket. Nothing raises once the client is gone; what is sent then is lost."""
 
-    __slots__ = ("_closed", "_hearer", "_lost", "_parts", "_text", "_upgrade", "_wire")
-
     def __init__(self, hearer: Hearer, upgrade: Upgrade) -> None:
         self._hearer = hearer
         self._upgrade = upgrade

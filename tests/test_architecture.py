@@ -39,7 +39,7 @@ LAYERS = {
         ["__main__"],
     ],
     "service": [
-        ["heap", "histogram", "inline", "notes", "client_notices", "grpc_messages", "grpc_gather", "reference"],
+        ["histogram", "inline", "notes", "client_notices", "grpc_messages", "grpc_gather", "reference"],
         ["errors", "metrics", "logs", "detector", "statistics", "roles", "backoff", "lock"],
         ["settings", "shortcut", "history", "options", "resampler", "compression", "store", "store_scripts", "client_values", "client_errors"],
         ["progress", "record", "client_patience", "client_addresses", "store_memory", "store_sqlite", "store_server", "checkpoints"],
