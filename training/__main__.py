@@ -38,7 +38,7 @@ from training.publish import metrics_of, next_version, publish
 from training.report import draw_confusion, draw_curves, mean_and_deviation, recall_table, runs_table
 from training.samples import repetitions, write_samples
 from training.scores import ScoresError, average
-from training.splits import Splits, describe, read, split
+from training.splits import Splits, describe, read_data, split
 from training.splits import load as load_splits
 from training.stream_command import accuracy_along, stream_metrics, stream_rules, streams
 from training.streams import Streams
@@ -219,8 +219,9 @@ def samples(
     With streams in the configuration somebody repeats it in each.
     """
     settings = _with_path(load(config, []), data)
-    clips = split(settings, read(settings, settings.data.options)).named("test")
-    paths = write_samples(repetitions(Streams(clips, settings.streams)) if settings.streams else clips, to, longest, decimals)
+    parts = split(settings, read_data(settings, settings.data.options))
+    clips = repetitions(Streams(parts.whole("test"), settings.streams)) if settings.streams else parts.named("test")
+    paths = write_samples(clips, to, longest, decimals)
     console.print(f"{len(paths)} recordings in {to}: {', '.join(path.name for path in paths)}")
 
 

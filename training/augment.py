@@ -22,6 +22,7 @@ class Change:
     turns: tuple[float, ...] = ()  # radians: about the vertical axis and the two horizontal ones; in the plane for frames of two numbers
     scale: float = 1.0
     offset: npt.NDArray[np.float64] | None = None  # (numbers of a point,), in units of the data
+    amplitude: float = 1.0  # how far each point goes from where it rests
 
 
 class Augment:
@@ -48,7 +49,7 @@ class Augment:
     def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Change:
         """A change for frames of this shape."""
         c = self.config
-        speed = float(np.exp(rng.uniform(-1, 1) * np.log(c.speed))) if c.speed > 1 else 1.0
+        speed = _factor(c.speed, rng)
         mirror = self.mirrored is not None and rng.random() < 0.5
         limits: tuple[float, ...] = ()
         if self.layout is not None and (c.rotate or c.tilt):
@@ -57,11 +58,16 @@ class Augment:
             limits = (c.rotate,)
         turns = tuple(float(np.radians(rng.uniform(-limit, limit))) for limit in limits)
         scale = 1 + rng.uniform(-c.scale, c.scale) if c.scale else 1.0
-        return Change(speed, mirror, turns, scale, rng.normal(0, c.offset, shape[-1]) if c.offset else None)
+        offset = rng.normal(0, c.offset, shape[-1]) if c.offset else None
+        return Change(speed, mirror, turns, scale, offset, _factor(c.amplitude, rng))
 
-    def apply(self, change: Change, clip: Frames, centre: npt.NDArray[np.floating] | None = None) -> Frames:
-        """A changed copy, at the speed it has. Bodies are turned about `centre` (3,), by default the mean of the clip's points."""
+    def apply(self, change: Change, clip: Frames, centre: npt.NDArray[np.floating] | None = None, rest: Frames | None = None) -> Frames:
+        """A changed copy, at the speed it has. Bodies are turned about `centre` (3,), by default the mean of the clip's points, and their movements
+        made larger or smaller about the pose `rest` (*frame shape), by default the clip's first; points that it misses move as they did."""
         clip = clip.copy()
+        if change.amplitude != 1:
+            rest = clip[0] if rest is None else rest
+            clip += (change.amplitude - 1) * np.nan_to_num(clip - rest)
         if change.mirror:
             clip[:] = clip[:, self.mirrored]
             clip[..., 0] *= -1
@@ -94,6 +100,11 @@ class Augment:
         start = rng.integers(0, len(clip))
         stop = rng.integers(start, len(clip)) + 1
         clip[start:stop, gone] = np.nan
+
+
+def _factor(limit: float, rng: np.random.Generator) -> float:
+    """Between 1 / limit and limit, as often below 1 as above; nothing is drawn where that is 1."""
+    return float(np.exp(rng.uniform(-1, 1) * np.log(limit))) if limit > 1 else 1.0
 
 
 def middle(clip: Frames) -> npt.NDArray[np.float32]:

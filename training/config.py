@@ -45,6 +45,7 @@ class AugmentConfig:
     rotate: float = 0.0  # degrees about the vertical axis, to either side
     tilt: float = 0.0  # degrees about the two horizontal axes
     scale: float = 0.0  # relative change of body size
+    amplitude: float = 1.0  # movements are up to this many times larger or smaller, seen from a pose of rest
     speed: float = 1.0  # clips are played up to this many times faster or slower
     noise: float = 0.0  # standard deviation of independent noise, in units of the data
     drop_joints: float = 0.0  # share of clips in which joints (channels) go missing for a while; needs model.missing
@@ -164,6 +165,7 @@ class Config:
             (0 <= t.warm_up < 1, f"train.warm_up must be in [0, 1), got {t.warm_up}"),
             (0 <= t.early <= 1, f"train.early must be in [0, 1], got {t.early}"),
             (a.speed >= 1, f"augment.speed must be at least 1, got {a.speed}"),
+            (a.amplitude >= 1, f"augment.amplitude must be at least 1, got {a.amplitude}"),
             (a.scale < 1, f"augment.scale must be in [0, 1), got {a.scale}"),
             (a.drop_joints <= 1 and a.cut_start <= 1, "augment.drop_joints and augment.cut_start are shares of clips: at most 1"),
             (self.export.chunk >= 1, f"export.chunk must be at least 1, got {self.export.chunk}"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from training.datasets.clips import ClipSet, Frames
-from training.streams import Streams
+from training.datasets.clips import ClipSet, DataError, Frames
+from training.streams import Stream, Streams
 
 INDEX = "index.csv"
 
@@ -41,21 +42,34 @@ def write_samples(clips: ClipSet, folder: Path, longest: int, decimals: int = 3)
 
 
 def repetitions(streams: Streams, whole: int = 2) -> ClipSet:
-    """For every class one person who does it again and again, with pauses; the recording stops in the middle of the repetition after `whole` ones.
+    """For every class one person who does it again and again; the recording stops in the middle of the repetition after `whole` ones.
 
-    Classes that nobody does twice are left out. Raises `DataError` when that is all of them.
+    Where the data are recordings, it is the first of nothing else; of clips, those of one person one after another, with pauses. Classes that
+    nobody does twice are left out. Raises `DataError` when that is all of them.
     """
-    clips, numbers, frames = streams.clips, dict[int, int](), []
-    for number, group in enumerate(streams.repeats):
-        numbers.setdefault(int(clips.labels[group[0]]), number)
-    chosen = [numbers[label] for label in sorted(numbers)]
-    for number in chosen:
-        stream = streams.stream("repeats", number, seed=0)
-        first, end, _ = stream.segments[min(whole, len(stream.segments) - 1)].tolist()
-        frames.append(stream.frames[: (first + end) // 2 + 1])
-    if not frames:
-        streams.stream("repeats", 0, seed=0)  # says why there are none
-    return replace(clips.take([streams.repeats[number][0] for number in chosen]), frames=tuple(frames))
+    chosen: dict[int, tuple[int, Frames]] = {}
+    for clip, stream in _repeated(streams):
+        label = int(streams.clips.labels[clip])
+        if label not in chosen:
+            first, end, _ = stream.segments[min(whole, len(stream.segments) - 1)].tolist()
+            chosen[label] = clip, stream.frames[: (first + end) // 2 + 1]
+    if not chosen:
+        raise DataError(f"{streams.clips.source.name}: nobody does one thing twice in a row, so there is nothing to show how repetitions are told apart")
+    clips, frames = zip(*(chosen[label] for label in sorted(chosen)), strict=True)
+    return replace(streams.clips.take(clips), frames=tuple(frames))
+
+
+def _repeated(streams: Streams) -> Iterator[tuple[int, Stream]]:
+    """Streams of one action done twice or more, each with the number of its first clip."""
+    if streams.recordings is None:
+        for number, group in enumerate(streams.repeats):
+            yield int(group[0]), streams.stream("repeats", number, seed=0)
+        return
+    clip = 0
+    for number, segments in enumerate(streams.recordings.segments):
+        if len(segments) > 1 and len(set(segments[:, 2].tolist())) == 1:
+            yield clip, streams.stream("whole", number, seed=0)
+        clip += len(segments)
 
 
 def _plain(frames: Frames, decimals: int) -> object:

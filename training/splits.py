@@ -61,7 +61,7 @@ class Splits:
 
 
 def load(config: Config) -> Splits:
-    """Reads the data and divides it; raises `ConfigError` and `DataError` as `read` and `split` do."""
+    """Reads the data and divides it; raises `ConfigError` and `DataError` as `read_data` and `split` do."""
     splits = split(config, read_data(config, config.data.options))
     if not config.data.evaluation_options:
         return splits
@@ -70,11 +70,6 @@ def load(config: Config) -> Splits:
         raise DataError(f"{splits.training.source.name}: with data.evaluation_options the clips have other classes or frames than the training clips")
     recordings = {name: part.recordings[name] for name, part in zip(PARTS, (splits, evaluation, evaluation), strict=True) if name in part.recordings}
     return Splits(splits.training, evaluation.validation, evaluation.test, recordings)
-
-
-def read(config: Config, options: dict[str, Any]) -> ClipSet:
-    """All clips of the configuration's data set, of recordings their segments; raises as `read_data` does."""
-    return cut(read_data(config, options))
 
 
 def read_data(config: Config, options: dict[str, Any]) -> Data:

@@ -154,14 +154,16 @@ class Streams:
         """The pieces of a stretch as one camera sees them."""
         assert self.augment is not None
         centre: npt.NDArray[np.float32] | None = None
+        rest: Frames | None = None
         for piece in pieces:
-            if centre is None and self.root:
-                centre = middle(piece.frames)  # of the whole stretch: a camera does not turn at every action
+            if rest is None:  # of the whole stretch, as is the centre: a camera does not turn at every action
+                rest = _rest(piece)
+                centre = middle(piece.frames) if self.root else None
             if look.lost:
                 kept = np.flatnonzero(rng.random(len(piece.frames)) >= look.lost)
                 piece = piece.take(kept, piece.frames[kept])
             if len(piece.frames):
-                yield replace(piece, frames=self.augment.disturb(self.augment.apply(look.change, piece.frames, centre), rng, look.noise))
+                yield replace(piece, frames=self.augment.disturb(self.augment.apply(look.change, piece.frames, centre, rest), rng, look.noise))
 
     def _joined(self, chosen: Iterable[int], group: Indices, smooth: bool, look: _Look | None, rng: np.random.Generator) -> Iterator[_Piece]:
         """Clips of a group one after another; with `smooth` the body moves from each to the next."""
@@ -286,6 +288,15 @@ def _root(layout: str | None) -> list[int]:
         return []
     names = skeletons.layout(layout)
     return [names.index("left_hip"), names.index("right_hip")]
+
+
+def _rest(piece: _Piece) -> Frames:
+    """The pose from which things are done: the mean of the frames outside actions, or that in which the action ends."""
+    outside = np.ones(len(piece.frames), bool)
+    for first, end, _ in piece.segments.tolist():
+        outside[first:end] = False
+    pose: Frames = piece.frames[outside].mean(0) if outside.any() else piece.frames[-1]
+    return pose
 
 
 def _deviation(clips: ClipSet) -> Frames:

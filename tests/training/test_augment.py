@@ -139,6 +139,23 @@ def test_a_drawn_change_is_the_same_for_every_clip_it_is_applied_to() -> None:
     assert np.array_equal(whole, clip(20))
 
 
+def test_movements_become_larger_or_smaller_about_the_pose_of_rest() -> None:
+    augment = Augment(AugmentConfig(amplitude=2.0), "body-13")
+    drawn = [augment.draw(np.random.default_rng(seed), (13, 3)).amplitude for seed in range(200)]
+    assert 0.5 <= min(drawn) < 0.6
+    assert 1.8 < max(drawn) <= 2.0
+    body = clip(20)
+    change = Change(amplitude=0.5)
+    np.testing.assert_allclose(augment.apply(change, body) - body[0], 0.5 * (body - body[0]), atol=1e-6)
+    np.testing.assert_allclose(augment.apply(change, body, rest=body[7]) - body[7], 0.5 * (body - body[7]), atol=1e-6)
+    rest, missing = body[0].copy(), body.copy()
+    rest[3], missing[5, 4] = np.nan, np.nan  # a joint of which no rest is known moves as it did, a missing one stays missing
+    y = augment.apply(change, missing, rest=rest)
+    np.testing.assert_allclose(y[:, 3], body[:, 3])
+    assert np.flatnonzero(np.isnan(y).any((1, 2))).tolist() == [5]
+    assert np.array_equal(body, clip(20))
+
+
 def test_a_mirrored_body_is_turned_about_its_own_mirrored_place() -> None:
     augment = Augment(AugmentConfig(mirror=True, rotate=1.0), "body-13")
     change = Change(mirror=True, turns=(0.4, 0.0, 0.0))

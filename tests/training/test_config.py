@@ -69,6 +69,7 @@ def test_what_is_left_out_has_defaults() -> None:
         ("train.label_smoothing", 1.0, "train.label_smoothing"),
         ("train.threads", -1, "train.threads"),
         ("augment.speed", 0.5, "augment.speed must be at least 1"),
+        ("augment.amplitude", 0.5, "augment.amplitude must be at least 1"),
         ("augment.noise", -1.0, "augment.noise"),
         ("augment.rotate", float("nan"), "augment.rotate"),
         ("augment.scale", 1.0, "augment.scale"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.training.synthetic import clip_set
+from tests.training.synthetic import clip_set, recording_set
 from training.config import StreamConfig
 from training.datasets import clip_folder
 from training.datasets.clips import DataError
@@ -29,8 +30,24 @@ def test_repetitions_stop_in_the_middle_of_the_third() -> None:
         assert np.array_equal(frames, stream.frames[: len(frames)])
 
 
+def test_recorded_repetitions_are_shown_as_they_were_recorded() -> None:
+    """Recordings of one action alone, each in turn; that of the class that is done once only is left out, mixed ones too."""
+    mixed = recording_set(8)
+    segments = [rows.copy() for rows in mixed.segments]
+    for number, label in ((2, 1), (3, 0), (5, 1), (6, 2)):
+        segments[number][:, 2] = label
+    segments[6] = segments[6][:1]
+    streams = Streams(replace(mixed, segments=tuple(segments)), StreamConfig())
+    samples = repetitions(streams)
+    assert samples.labels.tolist() == [0, 1]
+    for frames, number in zip(samples.frames, (3, 2), strict=True):
+        begin, end, _ = segments[number][2].tolist()
+        assert begin < len(frames) <= end
+        assert np.array_equal(frames, mixed.frames[number][: len(frames)])
+
+
 def test_where_nobody_repeats_anything_it_is_said() -> None:
-    with pytest.raises(DataError, match="two clips of one class"):
+    with pytest.raises(DataError, match="nobody does one thing twice in a row"):
         repetitions(Streams(clip_set(3), StreamConfig(together=("subject",))))
 
 

@@ -17,7 +17,8 @@ from training.datasets.recordings import Recordings
 from training.streams import NO_CLASS, Stream, Streams, classes_of
 
 EVERYTHING: dict[str, Any] = {
-    "rotate": 20.0, "tilt": 5.0, "scale": 0.1, "speed": 1.3, "noise": 0.01, "drop_joints": 0.3, "mirror": True, "offset": 0.1, "cut_start": 0.3,
+    "rotate": 20.0, "tilt": 5.0, "scale": 0.1, "speed": 1.3, "amplitude": 1.2, "noise": 0.01, "drop_joints": 0.3,
+    "mirror": True, "offset": 0.1, "cut_start": 0.3,
 }  # fmt: skip
 
 
@@ -165,6 +166,29 @@ def test_a_stretch_has_one_camera_and_one_body() -> None:
     stretches = [sizes[i : i + 4] for i in range(0, 40, 4)]
     assert all(one[0] == other for one in stretches for other in one)
     assert len({next(iter(one[0])) for one in stretches}) == 10
+
+
+def test_movements_of_a_stretch_are_larger_or_smaller_from_where_the_body_rests() -> None:
+    """Outside actions the first channel stays at 3; an action, recorded at 0, 1 or 2, is so many times as far from there, the same in all of a stretch."""
+    factors = []
+    pieces = first(streams(recording_set(), {"amplitude": 2.0}, whole=1.0, stay=(1, 1)), 300)
+    for piece in pieces:
+        outside = piece.labels == 3
+        if not outside.any() or not len(piece.segments):
+            continue
+        np.testing.assert_allclose(piece.frames[outside, 0], 3.0, atol=1e-5)
+        found = (piece.frames[~outside, 0] - 3) / (piece.labels[~outside] - 3)
+        np.testing.assert_allclose(found, found[0], atol=1e-5)
+        factors.append(found[0])
+    assert len(factors) > 30
+    assert min(factors) >= 0.5 - 1e-5
+    assert max(factors) <= 2.0 + 1e-5
+    assert np.std(np.log(factors)) > 0.3
+    clips = streams(labelled(), {"amplitude": 2.0}, cuts=1.0, stay=(3, 3))
+    for stretch in zip(*[iter(first(clips, 90))] * 3, strict=True):
+        rest = stretch[0].labels[-1]  # nothing but actions: where the first of them ends
+        away = {float(np.round((piece.frames[0, 0] - rest) / (piece.labels[0] - rest), 4)) for piece in stretch if piece.labels[0] != rest}
+        assert len(away) <= 1
 
 
 def test_a_turned_camera_turns_the_places_of_a_stretch_too() -> None:

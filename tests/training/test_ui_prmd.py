@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.skeletons import UnknownLayout, layout
 from training.datasets import ui_prmd
 from training.datasets.clips import DataError
+from training.datasets.recordings import Recordings
 
 DATA = os.environ.get("TRAINING_DATA")
 
@@ -66,6 +69,59 @@ def test_thinned_variant_holds_correct_repetitions_only(tmp_path: Path) -> None:
     clips = ui_prmd.load(write(tmp_path / "tiny.npz", correct=None), fps=10.0)
     assert clips.fps == 10.0
     assert set(clips.groups["correct"].tolist()) == {"correct"}
+
+
+def repetitions(path: Path, episodes: list[int], **changes: Any) -> Path:
+    """One person who lifts everything from 0 to 1000 mm and back in 11 frames after two at rest, once for each of these episodes, the file in their order."""
+    lift = np.array([0, 0, 200, 400, 600, 800, 1000, 800, 600, 400, 200, 0, 0], np.int16)
+    joints = np.concatenate([np.repeat(lift + 5 * episode, 22 * 3).reshape(-1, 22, 3) for episode in episodes]).astype(np.int16)
+    count = len(episodes)
+    columns = {name: np.full(count, value) for name, value in (("movement", 3), ("subject", 9), ("correct", 0))}
+    return write(path, joints_mm=joints, offsets=13 * np.arange(count + 1), episode=np.array(episodes), **(columns | changes))
+
+
+def test_recordings_are_the_clips_one_after_another(tmp_path: Path) -> None:
+    path = repetitions(tmp_path / "clips.npz", [2, 3, 1])
+    found = ui_prmd.load(path, layout="ui-prmd", recordings=True, rest=0.25)
+    assert isinstance(found, Recordings)
+    assert {name: column.tolist() for name, column in found.groups.items()} == {
+        "split": ["test"],
+        "subject": ["9"],
+        "correct": ["incorrect"],
+        "recording": ["m03_s09_incorrect"],
+    }
+    assert (found.classes[-1], found.nothing, found.fps, found.units) == ("nothing", "nothing", 30.0, "metres")
+    assert found.frames[0][::13, 0, 0].tolist() == pytest.approx([0.005, 0.010, 0.015])  # episodes in the order of their numbers
+    # The body has left its pose at 400 of 1000 and is back at 200: frames 3 to 9 of each.
+    assert found.segments[0].tolist() == [[3, 10, 2], [16, 23, 2], [29, 36, 2]]
+    nearer = ui_prmd.load(path, layout="ui-prmd", recordings=True, rest=0.1)
+    assert isinstance(nearer, Recordings)
+    assert nearer.segments[0].tolist() == [[2, 11, 2], [15, 24, 2], [28, 37, 2]]
+
+
+def test_recordings_are_told_apart_by_exercise_person_and_way(tmp_path: Path) -> None:
+    path = repetitions(tmp_path / "clips.npz", [1, 2, 1, 1], subject=np.array([9, 9, 10, 9]), correct=np.array([1, 1, 1, 0]))
+    found = ui_prmd.load(path, recordings=True)
+    assert found.groups["recording"].tolist() == ["m03_s09_correct", "m03_s09_incorrect", "m03_s10_correct"]
+    assert [len(frames) for frames in found.frames] == [26, 13, 13]
+
+
+def test_clips_that_do_not_follow_each_other_are_no_recording(tmp_path: Path) -> None:
+    for episodes, said in (([2, 5, 8], "2, 5, 8"), ([1, 2, 2], "1, 2, 2")):
+        with pytest.raises(DataError, match=f"episodes {said} of m03_s09_incorrect, expected each number once and none left out"):
+            ui_prmd.load(repetitions(tmp_path / "clips.npz", episodes), recordings=True)
+    for rest in (-0.1, 0.5, float("nan")):
+        with pytest.raises(DataError, match="rest is"):
+            ui_prmd.load(repetitions(tmp_path / "clips.npz", [1]), recordings=True, rest=rest)
+
+
+@settings(deadline=None)
+@given(steps=st.integers(1, 30), rest=st.floats(0, 0.49), seed=st.integers(0, 100))
+def test_whatever_a_body_does_some_frame_of_it_is_the_movement(steps: int, rest: float, seed: int) -> None:
+    clip = np.random.default_rng(seed).normal(size=(steps, 13, 3)).astype(np.float32)
+    for one in (clip, np.repeat(clip[:1], steps, 0)):
+        first, end = ui_prmd.moving(one, rest)
+        assert 0 <= first < end <= steps
 
 
 def test_refuses_a_layout_without_depth(tmp_path: Path) -> None:
@@ -138,6 +194,29 @@ def test_real_data() -> None:
     assert 2.0 < np.median(frames[..., 2]) < 3.0  # away from the sensor
     assert np.median(frames[:, joint("left_hip"), 0] - frames[:, joint("right_hip"), 0]) < 0  # facing the sensor
     assert np.median(frames[:, joint("head"), 1] - frames[:, joint("left_ankle"), 1]) > 1.0  # upright
+
+
+@pytest.mark.skipif(DATA is None, reason="TRAINING_DATA does not name the folder of data sets (needs ui-prmd/ui-prmd-kinect-xyz.npz)")
+def test_real_clips_were_cut_from_recordings_without_a_frame_between() -> None:
+    """Where one ends and the next begins the body moves no farther than from one frame to the next around there."""
+    path = Path(DATA or "") / "ui-prmd" / "ui-prmd-kinect-xyz.npz"
+    clips, found = ui_prmd.load(path), ui_prmd.load(path, recordings=True)
+    assert isinstance(found, Recordings)
+    assert (len(found), [len(segments) for segments in found.segments]) == (200, [10] * 200)
+    ratios = []
+    numbers = zip(clips.labels.tolist(), clips.groups["subject"].tolist(), clips.groups["correct"].tolist(), map(int, clips.groups["episode"]), strict=True)
+    by_number = dict(zip(numbers, clips.frames, strict=True))
+    for (label, subject, correct, episode), clip in by_number.items():
+        if (after := by_number.get((label, subject, correct, episode + 1))) is not None:
+            near = [np.linalg.norm(np.diff(frames, axis=0), axis=2).mean() for frames in (clip[-4:], after[:4])]
+            ratios.append(np.linalg.norm(clip[-1] - after[0], axis=1).mean() / np.mean(near))
+    assert len(ratios) == 1800
+    assert 0.7 < np.median(ratios) < 1.2
+    assert np.quantile(ratios, 0.99) < 4
+    moving = np.concatenate([segments[:, 1] - segments[:, 0] for segments in found.segments])
+    between = np.concatenate([segments[1:, 0] - segments[:-1, 1] for segments in found.segments])
+    assert moving.min() >= 10
+    assert 20 < np.median(between) < 35  # frames at rest between two repetitions
 
 
 @pytest.mark.skipif(DATA is None, reason="TRAINING_DATA does not name the folder of data sets (needs ui-prmd/ui-prmd-tiny.npz)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from model import skeletons
 from model.contract import DataSource
 from training.datasets.clips import ClipSet, DataError, Frames
+from training.datasets.recordings import Recordings, Segments
 
 Integers = npt.NDArray[np.signedinteger[Any]]
 
@@ -29,6 +30,7 @@ CLASSES = (
     "standing shoulder internal-external rotation",
     "standing shoulder scaption",
 )
+NOTHING = "nothing"
 TRAIN_SUBJECTS = range(1, 8)  # the rest, 8 to 10, is the test split
 
 SOURCE = DataSource(
@@ -40,15 +42,84 @@ SOURCE = DataSource(
 _RANGES = {"movement": (1, 10), "subject": (1, 10), "episode": (1, 10), "correct": (0, 1)}
 
 
-def load(path: Path, layout: str = "body-13", fps: float = 30.0) -> ClipSet:
+@overload
+def load(path: Path, layout: str = ..., fps: float = ..., recordings: Literal[False] = ..., rest: float = ...) -> ClipSet: ...
+
+
+@overload
+def load(path: Path, layout: str = ..., fps: float = ..., *, recordings: bool, rest: float = ...) -> ClipSet | Recordings: ...
+
+
+def load(path: Path, layout: str = "body-13", fps: float = 30.0, recordings: bool = False, rest: float = 0.25) -> ClipSet | Recordings:
     """Reads the `.npz`; clips are (T, joints of `layout`, 3) in metres, on the axes of `layout`.
 
     For every layout but "ui-prmd" itself those are the common axes of `model.skeletons`. `fps` is the rate of the file, which does not
     hold it: 30, or 10 for the thinned variant. Groups: "split" ("train": subjects 1 to 7, "test": 8 to 10), "subject", "episode",
     "correct" ("correct", "incorrect"); a file without the entry `correct` holds correct repetitions only.
 
+    With `recordings` the clips are put together again: those of one person, exercise and way of doing it were cut from one recording without
+    a frame between them. An action is then where the body moves, see `moving`; the rest is "nothing". Groups: "split", "subject", "correct"
+    and "recording" ("m01_s08_correct").
+
     Raises `DataError` naming the file and entry, `model.skeletons.UnknownLayout` when the joints cannot be mapped onto `layout`.
     """
+    if not 0 <= rest < 0.5:
+        raise DataError(f"{path}: rest is {rest}, expected a share of the movement from 0 on and below 0.5")
+    clips = _clips(path, layout, fps)
+    return _together(path, clips, rest) if recordings else clips
+
+
+def moving(clip: Frames, rest: float) -> tuple[int, int]:
+    """First frame in which a body (T, joints, 3) has left its first pose, and one past the last before it is back at its last pose.
+
+    Poses are as far apart as their joints are on average; within `rest` of the farthest of the clip a body counts as still there. Where no
+    frame is left, so of a body that does not move, that is the whole clip.
+    """
+    ahead, behind = (np.linalg.norm(clip - pose, axis=-1).mean(-1) for pose in (clip[0], clip[-1]))
+    first = int(np.argmax(ahead > rest * ahead.max()))
+    end = len(clip) - int(np.argmax((behind > rest * behind.max())[::-1]))
+    return (first, end) if first < end else (0, len(clip))
+
+
+def _together(path: Path, clips: ClipSet, rest: float) -> Recordings:
+    """The recordings that the clips were cut from, by exercise, subject and whether it is done right."""
+    episode = clips.groups["episode"].astype(np.int64)
+    keys = list(zip(clips.labels.tolist(), map(int, clips.groups["subject"].tolist()), clips.groups["correct"].tolist(), strict=True))
+    frames: list[Frames] = []
+    segments: list[Segments] = []
+    columns: dict[str, list[str]] = {"split": [], "subject": [], "correct": [], "recording": []}
+    for key in sorted(set(keys)):
+        label, subject, correct = key
+        rows = np.array([i for i, one in enumerate(keys) if one == key], np.int64)
+        rows = rows[np.argsort(episode[rows])]
+        name = f"m{label + 1:02}_s{subject:02}_{correct}"
+        if (np.diff(episode[rows]) != 1).any():
+            raise DataError(
+                f"{path}: episodes {', '.join(map(str, episode[rows].tolist()))} of {name}, expected each number once and none left out: "
+                "only clips that follow each other make a recording"
+            )
+        parts = [clips.frames[i] for i in rows]
+        starts = np.cumsum([0, *map(len, parts[:-1])])
+        frames.append(np.concatenate(parts))
+        segments.append(
+            np.array([(start + first, start + end, label) for start, (first, end) in zip(starts, (moving(one, rest) for one in parts), strict=True)], np.int64)
+        )
+        for column, value in zip(columns.values(), (str(clips.groups["split"][rows[0]]), str(subject), correct, name), strict=True):
+            column.append(value)
+    return Recordings(
+        frames=tuple(frames),
+        segments=tuple(segments),
+        classes=(*clips.classes, NOTHING),
+        nothing=NOTHING,
+        groups={name: np.array(column, np.str_) for name, column in columns.items()},
+        fps=clips.fps,
+        units=clips.units,
+        source=clips.source,
+        layout=clips.layout,
+    )
+
+
+def _clips(path: Path, layout: str, fps: float) -> ClipSet:
     mapping = skeletons.mapping(LAYOUT, layout)
     arrays = _read(path)
     joints, offsets = arrays["joints_mm"], arrays["offsets"]
