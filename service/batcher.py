@@ -29,6 +29,8 @@ MOST_PADDED = 1024  # rows x steps of a batch, for the same reason
 WASTE = 1.5  # padded size over real frames
 AHEAD = 16  # jobs that are worth a batch of their own while another is running; fewer wait for more,
 AHEAD_FRAMES = 32  # unless they have so many frames together
+SOON_S = 0.002  # before the running batch ends the next one is formed, of all that has come until then
+HALF = 8  # rows: of fewer, a long batch takes the model markedly longer for each
 LOOK_S = 0.05  # how often those that wait are looked at for deadlines that have passed
 
 log = structlog.get_logger("batcher")
@@ -96,6 +98,8 @@ class Batcher:
         self._inbox: SimpleQueue[_Batch | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run_batches, name=f"batcher {name}", daemon=True)
         self._loop: asyncio.AbstractEventLoop
+        self._ends = 0.0  # when the thread will have run what it has been given, on time.monotonic's clock, as far as earlier runs tell
+        self._late: asyncio.TimerHandle | None = None  # for a batch that is not formed yet
         self._due = False  # whether `_pump` will be called
         self._watch: asyncio.TimerHandle | None = None
         self._stopping = False
@@ -177,10 +181,7 @@ class Batcher:
         if self._stopping:
             return self._turn_away()
         while self._line and not self._due and (not self._flying or (self._flying == 1 and self._is_worth())):
-            rows, active = self._most_rows, self._inline.active
-            if active >= 2 * AHEAD:  # half of them at most: so that one half is answered, and what comes upon that read, while the other runs
-                rows = min(rows, (active + 1) // 2)
-            jobs, steps, dropped = form_batch(self._line, rows, self._aboard)
+            jobs, steps, dropped = form_batch(self._line, self._rows(), self._aboard)
             if dropped:
                 self._settle(dropped)
             if not jobs:
@@ -190,8 +191,29 @@ class Batcher:
             self._watch = self._loop.call_later(LOOK_S, self._look)
 
     def _is_worth(self) -> bool:
-        """Whether what is in the line is enough for a batch that waits at the thread's door."""
-        return len(self._line) >= AHEAD or sum(job.frames for job in self._line) >= AHEAD_FRAMES
+        """Whether what is in the line is enough for a batch that waits at the thread's door, and time to form it: one that waits grows no more."""
+        if len(self._line) < AHEAD and sum(job.frames for job in self._line) < AHEAD_FRAMES:
+            return False
+        left = self._ends - time.monotonic()
+        if left <= SOON_S or len(self._line) >= self._most_rows:
+            return True
+        if self._late is None:
+            self._late = self._loop.call_later(left - SOON_S, self._form_late)
+        return False
+
+    def _form_late(self) -> None:
+        self._late = None
+        self._pump()
+
+    def _rows(self) -> int:
+        """The most that the next batch may have. Of much work that is half: one half is answered, and what comes upon that read, while the other runs."""
+        active, rows = self._inline.active, min(len(self._line), self._most_rows)
+        if active >= 2 * AHEAD:
+            return min(self._most_rows, (active + 1) // 2)
+        steps = min(self._line[0].frames, MOST_STEPS)
+        if not self._flying and rows > HALF and self._inline.takes(min(rows * steps, MOST_PADDED)) > 2 * SOON_S:
+            return max(HALF, (rows + 1) // 2)
+        return self._most_rows
 
     def _launch(self, jobs: list[Any], steps: int) -> None:
         try:
@@ -206,6 +228,7 @@ class Batcher:
             self._settle(self._take_apart(batch))
             self._account(batch)
             return self._call_pump()  # not at once: others than this model want the event loop as well
+        self._ends = max(time.monotonic(), self._ends if self._flying else 0.0) + self._inline.takes(len(jobs) * steps)
         self._flying += 1
         self._aboard.update(streams)
         self._inbox.put(batch)

@@ -53,6 +53,11 @@ class Inline:
     def ran_there(self, frames: int, seconds: float) -> None:
         self._of(frames).there_s = seconds / frames
 
+    def takes(self, frames: int) -> float:
+        """Seconds that a batch of this size takes on the thread, by the last of about its size; 0 where there was none."""
+        size = self._of(frames)
+        return frames * size.there_s if size.there_s < math.inf else 0.0
+
     def _of(self, frames: int) -> _Size:
         return self._sizes.setdefault(frames.bit_length(), _Size())
 

@@ -473,6 +473,73 @@ def test_a_second_batch_is_made_while_one_runs_if_it_is_worth_it(waiting: list[i
     asyncio.run(run())
 
 
+class Timed(Ordered):
+    """A batch of the first size runs for so long, of others no time."""
+
+    def __init__(self, frames: int, seconds: float) -> None:
+        super().__init__(False)
+        self.known = (frames, seconds)
+
+    def takes(self, frames: int) -> float:
+        return self.known[1] if frames == self.known[0] else 0.0
+
+
+async def rows_of_batches(inline: Inline, gate: Gate, most_rows: int, *, at_once: int, then: Sequence[float], after: Callable[[], Any]) -> list[int]:
+    """How many rows batches of jobs of 64 frames have: the first come together, the others after pauses; the model is let go on when `after` is done."""
+    batcher = Batcher("toy", Model(gate), most_rows=most_rows, most_waiting=100)
+    batcher._inline = inline
+    batcher.start()
+    asked = [asyncio.create_task(ask(batcher, 0, 64)) for _ in range(at_once)]
+    await asyncio.to_thread(gate.entered.wait, 30)
+    for pause in then:
+        await asyncio.sleep(pause)
+        asked.append(asyncio.create_task(ask(batcher, 0, 64)))
+    await after()
+    gate.open.set()
+    await asyncio.gather(*asked)
+    await batcher.stop()
+    return [len(batch) for batch in gate.batches]
+
+
+def test_a_batch_behind_a_long_one_is_formed_late_of_all_that_has_come() -> None:
+    async def meanwhile() -> None:
+        await asyncio.sleep(0.4)  # beyond the end of the first, as far as is known: the one behind it is formed by then
+
+    rows = asyncio.run(rows_of_batches(Timed(2 * MOST_STEPS, 0.3), Gate(), 8, at_once=2, then=[0.02] * 5, after=meanwhile))
+    assert rows[:2] == [2, 5]
+    rows = asyncio.run(rows_of_batches(Timed(2 * MOST_STEPS, 0.0), Gate(), 8, at_once=2, then=[0.02] * 5, after=meanwhile))
+    assert rows[:2] == [2, 1], "behind a short one, of the first that is enough"
+
+
+def test_a_batch_behind_a_long_one_that_can_grow_no_more_is_formed_at_once() -> None:
+    async def run() -> None:
+        gate = Gate()
+        batcher = Batcher("toy", Model(gate), most_rows=3, most_waiting=100)
+        batcher._inline = Timed(2 * MOST_STEPS, 60.0)
+        batcher.start()
+        asked = [asyncio.create_task(ask(batcher, 0, 64)) for _ in range(2)]
+        await asyncio.to_thread(gate.entered.wait, 30)
+        for expected in (1, 1, 2):
+            asked.append(asyncio.create_task(ask(batcher, 0, 64)))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert batcher._flying == expected
+        gate.open.set()
+        await asyncio.gather(*asked)
+        await batcher.stop()
+
+    asyncio.run(run())
+
+
+def test_long_jobs_that_come_together_go_in_halves() -> None:
+    async def nothing() -> None: ...
+
+    long = Timed(16 * MOST_STEPS, 0.01)
+    assert asyncio.run(rows_of_batches(long, Gate(), 64, at_once=16, then=[], after=nothing))[:2] == [8, 8]
+    assert asyncio.run(rows_of_batches(Timed(8 * MOST_STEPS, 0.01), Gate(), 64, at_once=8, then=[], after=nothing))[0] == 8, "of so few the model takes longer"
+    assert asyncio.run(rows_of_batches(Timed(16 * MOST_STEPS, 0.001), Gate(), 64, at_once=16, then=[], after=nothing))[0] == 16, "not worth two"
+
+
 def test_of_many_streams_half_go_at_a_time() -> None:
     """So that one half runs while the other is answered: all in one would keep model and event loop waiting for each other."""
     batches: list[int] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from service.inline import AGAIN, INLINE_S, LATELY_S, SELDOM, TRIED, TRY, Inline
 
 SHORT, LONG = INLINE_S / 4, 3 * INLINE_S
@@ -98,3 +100,13 @@ def test_streams_of_long_ago_do_not_count() -> None:
     inline.saw(range(1, 100), 1000.0)
     inline.saw([1], 1000.0 + 2 * LATELY_S)
     assert inline.allows(1, 1)
+
+
+def test_how_long_a_batch_takes_is_told_by_the_last_of_its_size() -> None:
+    inline = Inline()
+    assert inline.takes(512) == 0.0
+    inline.ran_there(600, 0.006)
+    assert inline.takes(512) == pytest.approx(0.00512)
+    assert inline.takes(64) == 0.0
+    inline.ran_there(512, 0.0256)
+    assert inline.takes(600) == pytest.approx(0.03)
