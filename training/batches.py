@@ -14,6 +14,8 @@ from training.augment import Augment
 from training.datasets.clips import ClipSet, Frames
 from training.streams import NO_CLASS, Stream, Streams
 
+SHORT = 4  # frames: of a shorter action none is made to count for the whole
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -44,7 +46,8 @@ class Weighting:
     """What steps count in the loss: `early` at the first of an action, rising to 1 at its last; `last`: nothing but the last.
 
     `classes` is how much an action of each class counts, by default all the same; `nothing` a step between actions of a stream, of which so few as lead
-    up to an action count together like `least_pause`.
+    up to an action count together like `least_pause`. `action`: an action of a stream counts like one of so many frames, however long it is, unless it
+    has less than `SHORT`; 0: the longer it is, the more it counts.
     """
 
     early: float = 1.0
@@ -52,6 +55,7 @@ class Weighting:
     classes: npt.NDArray[np.float64] | None = None
     nothing: float = 1.0
     least_pause: int = 0
+    action: int = 0
 
     def pause(self, count: int) -> float:
         """Of each of so many steps that lead up to an action."""
@@ -61,6 +65,10 @@ class Weighting:
         """Of an action of so many steps, (count,); the only step is the last."""
         place = np.arange(count) / (count - 1) if count > 1 else np.ones(1)
         return (place == 1).astype(float) if self.last else self.early + (1 - self.early) * place
+
+    def inside(self, count: int) -> npt.NDArray[np.float64]:
+        """Of an action of so many steps in a stream, (count,)."""
+        return self.steps(count) * (self.action / max(count, SHORT) if self.action else 1.0)
 
     def of(self, label: int) -> float:
         return 1.0 if self.classes is None else float(self.classes[label])
@@ -125,7 +133,7 @@ class _Row:
         for first, end, label in self.piece.segments.tolist():
             if first > before and weights[before]:
                 weights[before:first] = self.weighting.pause(first - before)
-            weights[first:end] = self.weighting.steps(end - first) * self.weighting.of(label)
+            weights[first:end] = self.weighting.inside(end - first) * self.weighting.of(label)
             before = end
         return weights
 

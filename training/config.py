@@ -73,6 +73,7 @@ class StreamConfig:
     whole: float = 0.5  # of recordings: share of stretches that are the recordings as they are; the others are made of clips cut from them
     nothing: str = "nothing"  # class of frames between actions, the network's last; empty: there is none, and such frames do not count
     nothing_weight: float = 1.0  # of its frames in the loss, beside a last frame of an action
+    action_frames: int = 0  # every action weighs as much as one of so many frames, however long it is; 0: each of its frames counts
     least_pause: int = 0  # frames: a shorter pause weighs as much as one of so many, as it tells two repetitions apart no less
     dropped: float = 0.0  # share of frames that are lost, drawn up to this for each stretch
     validation: tuple[int, ...] = (24, 12)  # streams of each form that an epoch is judged by, and actions in each of them
@@ -89,6 +90,7 @@ class StreamConfig:
             (self.stay[0] <= self.stay[1], f"stay goes from the lower to the higher number, got {list(self.stay)}"),
             (self.blend[0] <= self.blend[1], f"blend goes from the lower to the higher number, got {list(self.blend)}"),
             (self.idle >= 0, f"idle must not be negative, got {self.idle}"),
+            (self.action_frames >= 0, f"action_frames must not be negative, got {self.action_frames}"),
             (self.least_pause >= 0, f"least_pause must not be negative, got {self.least_pause}"),
             (max(self.cuts, self.pauses, self.whole, self.repeat) <= 1, "cuts, pauses, whole and repeat are shares: at most 1"),
             (self.dropped < 1, f"dropped must be in [0, 1), got {self.dropped}"),

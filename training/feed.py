@@ -95,7 +95,9 @@ class StreamFeed:
         self.validation = None if validation is None else validation_streams(Streams(validation, streams))
         t, clips = config.train, self.training.clips
         classes = class_weights(clips.labels, len(clips.classes), t)
-        self.weighting = Weighting(early=t.early, classes=classes, nothing=streams.nothing_weight, least_pause=streams.least_pause)
+        self.weighting = Weighting(
+            early=t.early, classes=classes, nothing=streams.nothing_weight, least_pause=streams.least_pause, action=streams.action_frames
+        )
 
     @property
     def outline(self) -> object:

@@ -153,6 +153,19 @@ def test_steps_of_a_stream_count_by_their_place_in_an_action_and_in_all_one(noth
     assert bool(raised) == bool(least)
 
 
+def test_an_action_of_a_stream_counts_like_one_of_so_many_frames_however_long_it_is() -> None:
+    long, short, tiny = (Weighting(early=0.2, action=30).inside(count) for count in (60, 6, 2))
+    assert long.sum() == pytest.approx(short.sum()) == pytest.approx(30 * 0.6)
+    np.testing.assert_allclose(long / long[-1], np.linspace(0.2, 1, 60))
+    assert tiny.sum() == pytest.approx(30 * 0.6 * 2 / 4), "one of less than four frames as if it had four"
+    np.testing.assert_allclose(Weighting(early=0.2).inside(60), np.linspace(0.2, 1, 60))
+    streams = made(cuts=1.0)
+    for each, alike in zip(*(stream_batches(streams, 3, (5,), Weighting(action=action)) for action in (0, 20)), strict=True):
+        assert torch.equal(each.frames, alike.frames)
+        factors = (alike.weights / each.weights)[alike.labels < 3]
+        assert factors.max() > 1.5 * factors.min()  # clips have 8 to 24 frames
+
+
 def test_a_short_pause_of_no_class_weighs_nothing() -> None:
     for batch in stream_batches(made(nothing="", cuts=0.0), 4, (0,), Weighting(least_pause=50)):
         assert not batch.weights[batch.labels == NO_CLASS].any()

@@ -120,6 +120,7 @@ def test_faults_are_named_by_key(key: str, value: Any, message: str) -> None:
         ({"nothing_weight": float("nan")}, "streams.nothing_weight must be a finite number"),
         ({"idle": -1}, "streams.idle must not be negative"),
         ({"least_pause": -1}, "streams.least_pause must not be negative"),
+        ({"action_frames": -1}, "streams.action_frames must not be negative"),
         ({"dropped": 1.0}, "streams.dropped must be in"),
         ({"together": ["view", "view"]}, "streams.together names a group twice"),
         ({"together": "view"}, "config.streams.together: expected a list"),
