@@ -105,12 +105,14 @@ class EventRules:
     leave: float  # score below which it may end; not above `enter` (hysteresis)
     least: int  # model steps a class must hold before its start is decided: the minimum length
     gap: int  # model steps it must be gone before its end is decided
+    pooled: bool = False  # whether it is all classes but `nothing` together, their scores added up, that start and end
 
     def __post_init__(self) -> None:
         _need(0 < self.enter <= 1, f"events.enter {self.enter} must be above 0 and at most 1")
         _need(0 < self.leave <= self.enter, f"events.leave {self.leave} must be above 0 and at most events.enter, {self.enter}")
         _need(self.least >= 1, f"events.least {self.least} must be at least 1")
         _need(self.gap >= 1, f"events.gap {self.gap} must be at least 1")
+        _need(not self.pooled or self.nothing is not None, "events.pooled needs events.nothing: it adds up the scores of all other classes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,10 @@ With an event of class L open:
 - L's score is below `leave` for `gap` rows in a row: it ends. `frame` is that of the first of those rows, the first that is no longer part of it.
 - the candidate is another class than L and holds as above: L ends at the first row of that run, and the new one starts there; both decided now.
 
+With `pooled` rules it is that something happens at all which starts and ends, whatever it is: one action that is taken for two in turns is one event.
+Where 1 - the score of `nothing` is at least `enter` for `least` rows in a row it starts, with the class whose mean over those rows is the highest; where
+that is below `leave` for `gap` rows in a row it ends. No class takes over from another: for that there must be nothing between them.
+
 `score` of an end is the mean of L's score from its first row to the last before its end. A candidate's run goes on counting when L ends beneath
 it; its start is then put no earlier than that end, so that events of one stream never overlap. Rows are steps of the model; frames are numbered
 as the client counts them, so several rows may carry one number and numbers may be left out.
@@ -66,6 +70,7 @@ class EventState:
     run_rows: int = 0
     run_total: float = 0.0
     ended: int = 0  # frame of the last end
+    run_sums: tuple[float, ...] = ()  # with pooled rules, of a run: the sum of each class's scores over it
 
     @property
     def score(self) -> float:
@@ -84,7 +89,7 @@ class EventState:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> EventState:
         """Raises `TypeError` for fields that are unknown."""
-        return cls(**value)
+        return cls(**{**value, "run_sums": tuple(value.get("run_sums", ()))})
 
     def check(self, classes: Sequence[str], end: int) -> None:
         """For a state that comes from elsewhere: raises `ValueError` unless rows of these classes, of frames below `end`, may leave it."""
@@ -94,8 +99,10 @@ class EventState:
         numbers = [self.start, self.rows, self.gone, self.gone_frame, self.gone_rows, self.run, self.run_frame, self.run_rows, self.ended]
         if min(numbers) < 0 or max(self.start, self.gone_frame, self.run_frame, self.ended) > end:
             raise ValueError(f"a number below 0, or a frame that is not below {end}")
-        if not np.isfinite([self.total, self.gone_total, self.run_sum, self.run_total]).all():
+        if not np.isfinite([self.total, self.gone_total, self.run_sum, self.run_total, *self.run_sums]).all():
             raise ValueError("a sum of scores that is not finite")
+        if self.run_sums and (len(self.run_sums) != len(classes) or not self.run or self.label is not None):
+            raise ValueError(f"sums of {len(self.run_sums)} classes over a run, where there are {len(classes)} or no such run can be")
         opened = self.label is not None
         if opened != (self.rows > 0) or (self.gone and not (opened and 0 < self.gone_rows <= self.rows)):
             raise ValueError("rows of an event that is not open, or an open one of no rows")
@@ -118,7 +125,12 @@ def advance(rules: EventRules, classes: Sequence[str], state: EventState, scores
     detector, some = _Detector(rules, classes, state), scores
     if rules.nothing is not None:
         some = scores.copy()
-        some[:, detector.nothing] = -np.inf
+        some[:, detector.nothing] = -1.0 if rules.pooled else -np.inf  # below every score; sums of it are finite
+    if rules.pooled:
+        happening = (1.0 - scores[:, detector.nothing].astype(np.float64)).tolist()
+        for row, frame in enumerate(frames.tolist()):
+            detector.take_pooled(scores, some, row, happening[row], frame)
+        return detector.state(), detector.events
     best, tops = some.argmax(axis=1).tolist(), some.max(axis=1).tolist()  # Python's doubles, so that sums do not depend on the array's type
     for row, frame in enumerate(frames.tolist()):
         detector.take(scores, row, best[row], tops[row], frame)
@@ -147,13 +159,14 @@ class _Detector:
         self._run, self._run_frame, self._run_sum = state.run, state.run_frame, state.run_sum
         self._run_rows, self._run_total = state.run_rows, state.run_total
         self._ended = state.ended
+        self._run_sums = np.array(state.run_sums, np.float64)
 
     def state(self) -> EventState:
         return EventState(
             self._label(self._open), self._start, self._rows, self._total,
             self._gone, self._gone_frame, self._gone_rows, self._gone_total,
             self._label(self._candidate), self._run, self._run_frame, self._run_sum, self._run_rows, self._run_total,
-            self._ended,
+            self._ended, tuple(self._run_sums.tolist()) if self._run else (),
         )  # fmt: skip
 
     def take(self, scores: Floats, row: int, best: int, top: float, frame: int) -> None:
@@ -165,7 +178,8 @@ class _Detector:
             self._candidate, self._run, self._run_frame, self._run_sum = best, 0, frame, 0.0
             self._run_rows, self._run_total = self._rows, self._total
         if self._open is not None:
-            self._count_open(scores.item(row, self._open), frame)
+            score = scores.item(row, self._open)
+            self._count_open(score, score, frame)
         if holds:
             self._run += 1
             self._run_sum += top
@@ -176,8 +190,28 @@ class _Detector:
                 self._end(self._run_frame, self._run_rows, self._run_total, frame)
             self._begin(frame)
 
-    def _count_open(self, score: float, frame: int) -> None:
-        if score >= self._rules.leave:
+    def take_pooled(self, scores: Floats, some: Floats, row: int, happening: float, frame: int) -> None:
+        """One row for pooled rules: `some` (rows, classes) are the scores with nothing left out of account, `happening` is what they come to together."""
+        if self._open is not None:
+            self._count_open(scores.item(row, self._open), happening, frame)
+            if self._gone >= self._rules.gap:
+                self._end(self._gone_frame, self._gone_rows, self._gone_total, frame)
+        elif happening < self._rules.enter:
+            self._candidate, self._run, self._run_sum = None, 0, 0.0
+        else:
+            if not self._run or len(self._run_sums) != len(self._classes):
+                self._run, self._run_frame, self._run_sums = 0, frame, np.zeros(len(self._classes))
+                self._run_rows, self._run_total = 0, 0.0
+            self._run += 1
+            self._run_sums += some[row]
+            self._candidate = int(self._run_sums.argmax())
+            self._run_sum = float(self._run_sums[self._candidate])
+            if self._run >= self._rules.least:
+                self._begin(frame)
+
+    def _count_open(self, score: float, judged: float, frame: int) -> None:
+        """One row of the open event: its class's score, and what `leave` is held against."""
+        if judged >= self._rules.leave:
             self._gone = 0
         else:
             if not self._gone:

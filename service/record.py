@@ -248,6 +248,8 @@ class Record:
 def manifest_digest(manifest: Manifest) -> str:
     """What beside the graph decides how a stream goes on: two models of one fingerprint and one digest continue each other's streams."""
     rules = None if manifest.events is None else dataclasses.astuple(manifest.events)
+    if rules is not None and not rules[-1]:
+        rules = rules[:-1]  # as it was before rules could be pooled: streams from then go on
     said = [manifest.task, manifest.frame_shape, manifest.layout, manifest.fps, manifest.classes, manifest.missing, manifest.state_width, rules]
     return hashlib.blake2b(orjson.dumps(said), digest_size=16).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -60,6 +61,23 @@ def test_what_begins_under_an_event_starts_no_earlier_than_its_end() -> None:
     assert plain(run(scores, rules)) == [("start", "wave", 0, 3), ("end", "wave", 5, 6), ("start", "point", 5, 7)]
 
 
+def test_pooled_rules_take_what_is_taken_for_two_in_turns_for_one() -> None:
+    """Something goes on for twelve rows, called wave, then point, then wave; then there are three rows of nothing, and four of point."""
+    seen = rows(*[(0.9, 0.05)] * 4, *[(0.2, 0.7)] * 4, *[(0.8, 0.1)] * 4, *[(0.05, 0.05)] * 3, *[(0.1, 0.6)] * 4)
+    apart = EventRules(nothing="nothing", enter=0.6, leave=0.4, least=3, gap=2)
+    assert [event.label for event in run(seen, apart)] == ["wave", "wave", "point", "point", "wave", "wave", "point"]
+    pooled = dataclasses.replace(apart, pooled=True)
+    assert plain(run(seen, pooled)) == [("start", "wave", 0, 2), ("end", "wave", 12, 13), ("start", "point", 15, 17)]
+    assert [event.score for event in run(seen, pooled)] == pytest.approx([0.9, (4 * 0.9 + 4 * 0.2 + 4 * 0.8) / 12, 0.6])
+
+
+def test_pooled_rules_name_what_is_best_on_average_and_need_not_be_sure_which() -> None:
+    seen = rows((0.5, 0.4), (0.2, 0.6), (0.3, 0.5), (0.9, 0.0))
+    pooled = EventRules(nothing="nothing", enter=0.7, leave=0.4, least=3, gap=2, pooled=True)
+    assert plain(run(seen, pooled)) == [("start", "point", 0, 2)]
+    assert run(seen, dataclasses.replace(pooled, pooled=False)) == []
+
+
 def test_nothing_never_starts_and_without_it_every_class_may() -> None:
     idle = np.tile(np.array([0.9, 0.05, 0.05], np.float32), (10, 1))
     assert run(idle) == []
@@ -101,6 +119,8 @@ def reference(rules: EventRules, scores: npt.NDArray[np.float32], frames: list[i
     """The same meaning, written backwards: at every row look back over everything since the last start."""
     values = scores.astype(np.float64)
     eligible = [i for i, name in enumerate(CLASSES) if name != rules.nothing]
+    if rules.pooled:
+        return pooled_reference(rules, values, eligible, frames)
     best = [max(eligible, key=lambda i: (values[t, i], -i)) for t in range(len(values))]
     found: list[tuple[Any, ...]] = []
     label, begun, opened, ended = None, 0, -1, 0  # the open class, its first row, the row that decided it, the frame of the last end
@@ -122,10 +142,31 @@ def reference(rules: EventRules, scores: npt.NDArray[np.float32], frames: list[i
     return found
 
 
+def pooled_reference(rules: EventRules, values: npt.NDArray[np.float64], eligible: list[int], frames: list[int]) -> list[tuple[Any, ...]]:
+    happening = 1 - values[:, CLASSES.index(rules.nothing or "")]
+    found: list[tuple[Any, ...]] = []
+    label, begun, after, ended = None, 0, 0, 0  # the open class, its first row, the first row that may count for what comes next, the frame of the last end
+    for t in range(len(values)):
+        if label is not None:
+            back = t - rules.gap + 1
+            if back >= after and (happening[back : t + 1] < rules.leave).all():
+                found.append(("end", CLASSES[label], values[begun:back, label].mean(), frames[back], frames[t]))
+                label, ended, after = None, frames[back], t + 1
+        else:
+            first = t - rules.least + 1
+            if first >= after and (happening[first : t + 1] >= rules.enter).all():
+                sums = values[first : t + 1].sum(0)
+                label, begun, after = max(eligible, key=lambda i: (sums[i], -i)), first, t + 1
+                found.append(("start", CLASSES[label], sums[label] / rules.least, max(frames[first], ended), frames[t]))
+    return found
+
+
 SCORES = st.lists(st.sampled_from([(0.0, 0.0), (0.35, 0.0), (0.5, 0.5), (0.65, 0.2), (0.95, 0.0), (0.1, 0.7), (0.3, 0.65), (0.39, 0.61)]), max_size=60)
 RULE = st.builds(
-    EventRules,
-    nothing=st.sampled_from([None, "nothing"]),
+    lambda nothing, **rules: (
+        EventRules(nothing=nothing or None, pooled=nothing == "nothing", **rules) if nothing != "apart" else EventRules("nothing", **rules)
+    ),
+    nothing=st.sampled_from(["", "apart", "nothing"]),
     enter=st.sampled_from([0.45, 0.6]),
     leave=st.sampled_from([0.1, 0.4, 0.45]),
     least=st.integers(1, 5),
@@ -196,6 +237,7 @@ def test_shapes_and_states_that_do_not_fit_are_refused() -> None:
         ({"leave": float("nan")}, "leave"),
         ({"least": 0}, "least"),
         ({"gap": 0}, "gap"),
+        ({"pooled": True}, "pooled"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(changes: dict[str, Any], field: str) -> None:
@@ -209,11 +251,19 @@ def test_needs_numpy_alone() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 4), st.integers(1, 3), st.sampled_from([None, "nothing"]), st.sampled_from([0.2, 0.5, 0.9]))
-def test_every_state_that_rows_leave_is_admitted(seed: int, count: int, least: int, gap: int, nothing: str | None, keep: float) -> None:
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 60),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([None, "nothing"]),
+    st.sampled_from([0.2, 0.5, 0.9]),
+    st.booleans(),
+)
+def test_every_state_that_rows_leave_is_admitted(seed: int, count: int, least: int, gap: int, nothing: str | None, keep: float, pooled: bool) -> None:
     """Rows that keep a score for a while, now and then several of one frame; a reset is somewhere in between."""
     random = np.random.default_rng(seed)
-    rules = EventRules(nothing=nothing, enter=0.5, leave=0.3, least=least, gap=gap)
+    rules = EventRules(nothing=nothing, enter=0.5, leave=0.3, least=least, gap=gap, pooled=pooled and nothing is not None)
     state, frame = EventState(), 0
     scores = random.dirichlet(np.full(3, 0.3)).astype(np.float32)
     for _ in range(count):
@@ -237,6 +287,8 @@ def test_every_state_that_rows_leave_is_admitted(seed: int, count: int, least: i
         EventState(label="wave", rows=3, gone=1, gone_rows=4), EventState(candidate="wave"), EventState(run=1), EventState(candidate="clap", run=1),
         EventState(label="wave", rows=3, candidate="point", run=1), EventState(label="wave", rows=3, candidate="wave", run=1, run_rows=2),
         EventState(run_sum=float("inf")), EventState(ended=10),
+        EventState(candidate="wave", run=1, run_sums=(0.9, 0.1)), EventState(candidate="wave", run=1, run_sums=(0.9, float("inf"), 0.0)),
+        EventState(run_sums=(0.9, 0.1, 0.0)), EventState(label="wave", rows=3, candidate="point", run=1, run_rows=1, run_sums=(0.9, 0.1, 0.0)),
     ],
     ids=str,
 )  # fmt: skip

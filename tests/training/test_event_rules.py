@@ -48,3 +48,15 @@ def test_among_equals_the_quickest_is_taken() -> None:
     rules, value = choose_rules([clear], [np.array([(40, 80, 0), (120, 160, 1)], np.int64)], CLASSES, "nothing")
     assert value == 1.0
     assert (rules.least, rules.gap) == (2, 2)
+
+
+def test_where_one_action_is_taken_for_two_in_turns_rules_are_pooled() -> None:
+    """Actions of 30 frames whose first and last third is called one class and the second another, with twelve frames of nothing between."""
+    action = np.repeat(np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1]], np.float32), 10, axis=0)
+    rest = np.tile(np.array([[0.05, 0.05, 0.9]], np.float32), (12, 1))
+    scores = np.concatenate([rest, *[action, rest] * 4])
+    segments = np.array([(12 + 42 * i, 42 + 42 * i, 0) for i in range(4)], np.int64)
+    rules, value = choose_rules([scores], [segments], CLASSES, "nothing")
+    assert rules.pooled
+    assert value == 1.0
+    assert not choose_rules([scores], [segments], CLASSES, None)[0].pooled, "without a class for nothing there is no telling that nothing happens"
