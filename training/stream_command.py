@@ -115,10 +115,17 @@ def stream_rules(network: Network, choice: Streams, form: Form) -> EventRules:
 
 
 def stream_metrics(network: Network, made: Streams, rules: EventRules) -> dict[str, float]:
-    """What a manifest says of a network for streams: 40 smooth streams of 50 actions, `accuracy` is that per action, those called nothing wrong."""
+    """What a manifest says of a network for streams: 40 smooth streams of 50 actions, `accuracy` is that per action, those called nothing wrong.
+
+    Of recordings, as they are, how right it is per action as well (`whole_accuracy`), and in which share of them as many events are found as there are
+    actions (`whole_counted`).
+    """
     own = finite_streams(made, "smooth", 40, 50, SEED)
     found = stream_row(network, own, made.classes, rules).figures
     values = {"accuracy": found.actions_strict, "frame_accuracy": found.frames, "nothing_accuracy": found.nothing, "events_f1": found.f1}
+    if made.recordings is not None:
+        whole = stream_row(network, finite_streams(made, "whole", 0, 0, SEED), made.classes, rules).figures
+        values |= {"whole_accuracy": whole.actions_strict, "whole_events_f1": whole.f1, "whole_counted": whole.counted}
     return {name: value for name, value in values.items() if value == value}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import struct
 import zlib
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.contract import Manifest
+from model.events import EventState
 from service.errors import FingerprintMismatch, Malformed, NotFinite, ServiceError, WrongShape
 from service.options import Options
 from service.progress import Progress
@@ -249,6 +251,20 @@ def test_records_of_other_models_are_refused() -> None:
 def test_the_digest_knows_what_a_stream_depends_on(changes: Any) -> None:
     assert manifest_digest(dataclasses.replace(EVENTS, **changes)) != manifest_digest(EVENTS)
     assert manifest_digest(dataclasses.replace(EVENTS, made_by="somebody else")) == manifest_digest(EVENTS)
+
+
+def test_rules_that_are_not_pooled_have_the_digest_of_before_there_were_pooled_ones() -> None:
+    """So that a record goes on after the service was renewed; a record from then has no sums of a run."""
+    rules = EVENTS.events
+    assert rules is not None
+    fields = [EVENTS.task, EVENTS.frame_shape, EVENTS.layout, EVENTS.fps, EVENTS.classes, EVENTS.missing, EVENTS.state_width]
+    before = [*fields, (rules.nothing, rules.enter, rules.leave, rules.least, rules.gap)]
+    assert manifest_digest(EVENTS) == hashlib.blake2b(orjson.dumps(before), digest_size=16).hexdigest()
+    pooled = dataclasses.replace(EVENTS, events=dataclasses.replace(rules, nothing=EVENTS.classes[0], pooled=True))
+    apart = dataclasses.replace(EVENTS, events=dataclasses.replace(rules, nothing=EVENTS.classes[0]))
+    assert manifest_digest(pooled) != manifest_digest(apart)
+    state = EventState(candidate="a", run=1)
+    assert EventState.from_dict({name: value for name, value in state.to_dict().items() if name != "run_sums"}) == state
 
 
 @pytest.mark.parametrize("toy", [CHANNELS, GAPPY_GESTURES], ids=["plain", "events"])
