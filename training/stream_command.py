@@ -69,16 +69,16 @@ def streams(
         if known is None or dataclasses.replace(known[0], seed=config.seed) != config:
             known = config, data_splits.load(config)
         found = _measure(pair, config, known[1], part, form, count, actions, window)
-        value = {form: [row.to_dict() for row in rows] for form, rows in found.items()}
+        value = {one: [row.to_dict() for row in rows] for one, rows in found.items()}
         target = pair.run / f"streams-{part}.json"
         target.write_text(json.dumps(_plain({"streams": count, "actions": actions, "seed": SEED, "forms": value}), indent=1) + "\n")
-        for form, rows in found.items():
+        for one, rows in found.items():
             for row in rows:
-                results.setdefault(form, {}).setdefault(row.name, []).append(row)
-    for form, by_name in results.items():
-        title = f"{pairs[0].streams.config.name}, {part}, {form}" + (f", mean of {len(pairs)} runs" if len(pairs) > 1 else "")
+                results.setdefault(one, {}).setdefault(row.name, []).append(row)
+    for one, by_name in results.items():
+        title = f"{pairs[0].streams.config.name}, {part}, {one}" + (f", mean of {len(pairs)} runs" if len(pairs) > 1 else "")
         Console(width=160).print(streams_table({row: mean_row(of) for row, of in by_name.items()}, title))
-        curves = {row: [sum(values) / len(of) for values in zip(*(one.early for one in of), strict=True)] for row, of in by_name.items()}
+        curves = {row: [sum(values) / len(of) for values in zip(*(each.early for each in of), strict=True)] for row, of in by_name.items()}
         Console(width=160).print(early_table(curves, title + ": right after the first frames of an action, %"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_a_network_for_streams_beside_one_for_clips(runs: dict[str, Path], monke
     smooth = {row["name"]: row["figures"]["actions"] for row in kept["forms"]["smooth"]}
     assert smooth[STREAMS] > 0.6, smooth  # a third is chance
     assert smooth[CLIPS_ORACLE] >= smooth[CLIPS_RUNNING]
+
+
+def test_every_run_of_several_is_measured_in_every_form(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = [Path(shutil.copytree(runs["streamed"], tmp_path / f"seed-{seed}")) for seed in range(3)]
+    for run in several:
+        (run / "streams-test.json").unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "argv", ["training", "streams", *map(str, several), "--data", str(runs["data"]), *SMALL])
+    assert _run() == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    kept = [json.loads((run / "streams-test.json").read_text())["forms"] for run in several]
+    for form in ("cuts", "smooth"):
+        assert f"streamed, test, {form}, mean of 3 runs" in shown
+        assert [one[form] for one in kept] == [kept[0][form]] * 3
 
 
 def test_actions_that_were_trained_on_are_told_apart(
