@@ -44,8 +44,8 @@ def write_samples(clips: ClipSet, folder: Path, longest: int, decimals: int = 3)
 def repetitions(streams: Streams, whole: int = 2) -> ClipSet:
     """For every class one person who does it again and again; the recording stops in the middle of the repetition after `whole` ones.
 
-    Where the data are recordings, it is the first of nothing else; of clips, those of one person one after another, with pauses. Classes that
-    nobody does twice are left out. Raises `DataError` when that is all of them.
+    That is the first recording of nothing else, as it was recorded; where there is none, clips of one person one after another, with pauses.
+    Classes that nobody does twice are left out. Raises `DataError` when that is all of them.
     """
     chosen: dict[int, tuple[int, Frames]] = {}
     for clip, stream in _repeated(streams):
@@ -60,16 +60,14 @@ def repetitions(streams: Streams, whole: int = 2) -> ClipSet:
 
 
 def _repeated(streams: Streams) -> Iterator[tuple[int, Stream]]:
-    """Streams of one action done twice or more, each with the number of its first clip."""
-    if streams.recordings is None:
-        for number, group in enumerate(streams.repeats):
-            yield int(group[0]), streams.stream("repeats", number, seed=0)
-        return
+    """Streams of one action done twice or more, each with the number of its first clip: recorded ones, then made ones."""
     clip = 0
-    for number, segments in enumerate(streams.recordings.segments):
+    for number, segments in enumerate(streams.recordings.segments if streams.recordings else ()):
         if len(segments) > 1 and len(set(segments[:, 2].tolist())) == 1:
             yield clip, streams.stream("whole", number, seed=0)
         clip += len(segments)
+    for number, group in enumerate(streams.repeats):
+        yield int(group[0]), streams.stream("repeats", number, seed=0)
 
 
 def _plain(frames: Frames, decimals: int) -> object:

@@ -31,7 +31,7 @@ def test_repetitions_stop_in_the_middle_of_the_third() -> None:
 
 
 def test_recorded_repetitions_are_shown_as_they_were_recorded() -> None:
-    """Recordings of one action alone, each in turn; that of the class that is done once only is left out, mixed ones too."""
+    """Of the first recording of nothing else; where one is of a single repetition or others are mixed, clips are put one after another."""
     mixed = recording_set(8)
     segments = [rows.copy() for rows in mixed.segments]
     for number, label in ((2, 1), (3, 0), (5, 1), (6, 2)):
@@ -39,11 +39,14 @@ def test_recorded_repetitions_are_shown_as_they_were_recorded() -> None:
     segments[6] = segments[6][:1]
     streams = Streams(replace(mixed, segments=tuple(segments)), StreamConfig())
     samples = repetitions(streams)
-    assert samples.labels.tolist() == [0, 1]
-    for frames, number in zip(samples.frames, (3, 2), strict=True):
+    assert samples.labels.tolist() == [0, 1, 2]
+    for frames, number in zip(samples.frames, (3, 2), strict=False):
         begin, end, _ = segments[number][2].tolist()
         assert begin < len(frames) <= end
         assert np.array_equal(frames, mixed.frames[number][: len(frames)])
+    made = streams.stream("repeats", 2, seed=0)
+    assert set(made.segments[:, 2].tolist()) == {2}
+    assert np.array_equal(samples.frames[2], made.frames[: len(samples.frames[2])])
 
 
 def test_where_nobody_repeats_anything_it_is_said() -> None:
