@@ -251,7 +251,7 @@ def test_events_are_an_option(http: httpx.Client, server: Server) -> None:
 
 def test_the_manifest_tells_the_rules_and_metrics_count(http: httpx.Client) -> None:
     rules = http.get("/v1/models/gestures").json()["manifest"]["events"]
-    assert rules == {"nothing": "rest", "enter": 0.5, "leave": 0.4, "least": 3, "gap": 2}
+    assert rules == {"nothing": "rest", "enter": 0.5, "leave": 0.4, "least": 3, "gap": 2, "pooled": False}
 
     def counted() -> float:
         (line,) = [line for line in http.get("/metrics").text.splitlines() if line.startswith('indrnn_events_total{model="gestures",version="1"}')]

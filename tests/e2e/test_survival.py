@@ -54,6 +54,7 @@ class Stream:
         self.socket: ClientConnection = connect(f"{server.ws}/v1/models/{model}/stream", legacy=True)
         self.scores: dict[int, list[float]] = {}
         self.events: list[Any] = []
+        self.warnings: list[Any] = []  # that came while something else was waited for
         self.durable = 0
         fields = {name: value for name, value in {"session": session, "ack": ack, **options}.items() if value is not None}
         self.socket.send(json.dumps({"type": "open", **fields}))
@@ -71,12 +72,16 @@ class Stream:
             self.durable = message["frame"]
         elif message["type"] == "event":
             self.events.append(message)
+        elif message["type"] == "warning":
+            self.warnings.append(message)
         return message
 
     def until(self, kind: str) -> Any:
+        if kind == "warning" and self.warnings:
+            return self.warnings.pop(0)
         while (message := self.hear())["type"] != kind:
             pass
-        return message
+        return self.warnings.pop() if kind == "warning" else message
 
     def send(self, frames: np.ndarray, first: int) -> None:
         self.socket.send(protocol.write_frames(first, frames))
