@@ -39,7 +39,11 @@ def check(config: Config, training: Data, validation: Data | None, device: torch
         longest = config.streams.frames
     else:
         longest = min(config.train.max_frames, math.ceil(max(map(len, clips.frames)) * config.augment.speed))
-    memory.check(config, Subject.of(clips, config.streams), longest, device, processes)
+    subject = Subject.of(clips, config.streams)
+    rules = config.export.events
+    if rules is not None and rules.nothing is not None and rules.nothing not in subject.classes:
+        raise ConfigError(f"export.events.nothing is {rules.nothing!r}, none of the network's classes: {', '.join(subject.classes)}")
+    memory.check(config, subject, longest, device, processes)
 
 
 def check_streams(config: StreamConfig, training: Data, validation: Data | None) -> None:

@@ -22,6 +22,9 @@ def spoilt(value: float, part: str = "a") -> ClipSet:
     return clips
 
 
+RULES = {"nothing": "rest", "enter": 0.5, "leave": 0.4, "least": 3, "gap": 2}
+
+
 def numbered() -> ClipSet:
     """Clips each of which is alone in its group."""
     clips = clip_set(48)
@@ -49,6 +52,8 @@ def refused(settings: Config, folder: Path, clips: ClipSet, error: type[Exceptio
         ({"streams": {"together": ["view"]}}, clip_set(48), ConfigError, "streams.together names 'view', .*; there are: subject, split"),
         ({"streams": {"nothing": "waving"}}, clip_set(48), ConfigError, "streams.nothing is 'waving', which is an action"),
         ({"streams": {"together": ["number"]}}, numbered(), DataError, "no two training clips have the same number, so none can follow another"),
+        ({"export": {"events": RULES}}, clip_set(48), ConfigError, "export.events.nothing is 'rest', none of the network's classes: rising, falling, waving$"),
+        ({"export": {"events": RULES}, "streams": {}}, clip_set(48), ConfigError, "none of the network's classes: rising, falling, waving, nothing$"),
         ({"streams": {"frames": 10**9}}, clip_set(48), ConfigError, "of 8 streams of 1000000000 frames .* lower train.batch or streams.frames"),
     ],
 )
